@@ -1,0 +1,36 @@
+# Every target works on a fresh clone: it makes .venv, installs the versions of constraints.txt, and runs.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint bench install
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)  ## make a pool, curate it, show what was kept
+	$(BIN)/python -m jobs.demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python -m jobs.benchmark embed $(ARGS)
+
+install: $(INSTALLED)
+
+# The interpreter is checked where it matters: the one in .venv if there is one already, else the one that will make it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' || { \
+	  echo "curation needs Python 3.11 or 3.12, but $$python is: $$($$python --version 2>&1)." >&2; \
+	  echo "Choose another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo) (remove .venv first if it exists)." >&2; \
+	  exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (once; several GB, some minutes) ..."
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,206 @@
+"""Image bytes -> a loaded PIL image or uint8 pixels, safely.
+
+The bytes are hostile until proven otherwise: only decoders on an explicit list are tried (no Ghostscript, no WMF, none of
+Pillow's stubs), the number of pixels is read from the header and checked before a pixel is decoded, embedded images whose
+size may differ from the header's are checked too, and every failure is an `ImageError` with a drop reason.
+
+What open_clip sees is what comes out: the first frame, no rotation by EXIF (open_clip does none; Pillow itself turns TIFF
+and AVIF), modes that Pillow resizes and converts well are passed on untouched. The others (16-bit, float, Lab,
+palette with alpha, premultiplied) would crash open_clip or come out black; they are converted to 8 bits first.
+
+Safe to call from threads: nothing global changes at call time. libtiff prints its complaints to stderr from C; that alone
+cannot be silenced from here.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.PsdImagePlugin import PsdImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "ICO", "CUR", "PPM", "PSD", "QOI", "SGI", "SUN"),
+    *("XBM", "XPM", "BLP", "TGA"),  # TGA last: it has no magic number, so it guesses
+)
+"""What may be decoded, tried in this order. MPO is opened as JPEG."""
+
+PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 40)
+"""Above this Pillow itself refuses an image: the second line of defence, left as it is."""
+
+MAX_PYTHON_PIXELS = 1 << 22
+"""Cap for formats that Pillow decodes in Python (QOI, BLP, plain PPM): 1 us per pixel, holding the GIL."""
+
+MAX_ASPECT = 200
+"""Longest side per shortest side. A resize of the shortest side to 224 makes a 1 x 1,000,000 image 50 Gpx."""
+
+PILLOW_ERRORS = (
+    # Pillow's own, and what its plugins raise on purpose.
+    *(OSError, SyntaxError, ValueError, EOFError, NotImplementedError, Image.DecompressionBombError),
+    # What hostile bytes make plugins trip over: short reads, absent tags, odd types, huge numbers, zlib.
+    *(struct.error, zlib.error, IndexError, KeyError, TypeError, AttributeError, AssertionError),
+    *(OverflowError, ZeroDivisionError, RecursionError),
+    # The C core raises it for impossible sizes. A real shortage at most drops a sample that the cap should have refused.
+    MemoryError,
+)
+"""Everything that Pillow was seen to raise on broken files, or that its source raises; nothing else is caught."""
+
+_RESIZES_WELL = frozenset({"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA", "HSV"})
+_PLAIN_MODE = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+
+Image.init()  # once, here: plugins are otherwise imported at the first use, by several threads at a time
+# A sample's drop reason says it; thousands of lines about odd EXIF data would not. Set once, never per call.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+class ImageError(Exception):
+    """An image that is refused. `reason` is one of `shards.DROP_REASONS`; width and height if they were read."""
+
+    def __init__(self, reason: str, *, size: tuple[int, int] | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.width, self.height = size or (None, None)
+
+
+class Pixels(NamedTuple):
+    """A decoded and transformed image, and its size as it was stored."""
+
+    pixels: np.ndarray
+    """uint8 (H, W, 3), read-only."""
+    width: int
+    height: int
+
+
+def pixels(data: bytes, *, max_pixels: int, transform: Callable[[Image.Image], Image.Image]) -> Pixels:
+    """Decode, apply the model's resize and crop, convert to RGB: open_clip's order. ImageError if it cannot be decoded."""
+    image = open_image(data, max_pixels=max_pixels)
+    return Pixels(np.asarray(transform(image).convert("RGB")), *image.size)
+
+
+def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """The image, loaded, in a mode that resizes and converts to RGB well; `.size` is the stored width and height.
+
+    ImageError if it is refused. ValueError if `max_pixels` is not in [1, PILLOW_MAX_PIXELS].
+    """
+    if not 1 <= max_pixels <= PILLOW_MAX_PIXELS:
+        raise ValueError(f"max_pixels must be in [1, {PILLOW_MAX_PIXELS}], got {max_pixels}")
+    image = _open_header(data, max_pixels=max_pixels)
+    size = image.size
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError("image:extreme_aspect", size=size)
+    try:
+        _load(image)
+        # Only conversions to a mode with alpha look at it, and they trip over odd values; RGB pixels stay the same.
+        image.info.pop("transparency", None)
+        return _to_plain_mode(image)
+    except Image.DecompressionBombError as error:
+        raise ImageError("image:too_many_pixels", size=size) from error
+    except PILLOW_ERRORS as error:
+        raise ImageError("image:decode_failed", size=size) from error
+
+
+def _open_header(data: bytes, *, max_pixels: int) -> Image.Image:
+    """The image, not yet loaded (except ICO, which Pillow loads at once), with at most `max_pixels` in every part."""
+    if any(width * height > max_pixels for width, height in _ico_sizes(data)):
+        raise ImageError("image:too_many_pixels")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        parts = _blp_sizes(data)
+        if isinstance(image, TiffImageFile):
+            parts += [image._tile_size, (image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))]
+        if isinstance(image, PsdImageFile):
+            _ = (
+                image.n_frames
+            )  # reads the layer table: a PSD is refused if that is broken, even where its picture is not
+    except UnidentifiedImageError as error:
+        raise ImageError("image:unrecognized") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("image:too_many_pixels") from error
+    except PILLOW_ERRORS as error:
+        raise ImageError("image:bad_header") from error
+    is_python = any(codec in Image.DECODERS for codec, *_ in getattr(image, "tile", ()))
+    limit = min(max_pixels, MAX_PYTHON_PIXELS) if is_python else max_pixels
+    if image.width * image.height > limit or any(width * height > max_pixels for width, height in parts):
+        raise ImageError("image:too_many_pixels", size=image.size)
+    return image
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the first frame. One whose pixels were all decoded counts even if an animation chunk behind it is broken."""
+    try:
+        image.load()
+    except SyntaxError:
+        if image.format != "PNG" or image.tile:  # type: ignore[attr-defined]
+            raise
+        image.load()
+
+
+def _to_plain_mode(image: Image.Image) -> Image.Image:
+    """The image itself if Pillow resizes its mode well, else its nearest 8-bit equivalent."""
+    if image.mode in _RESIZES_WELL:
+        return image
+    if image.mode in _PLAIN_MODE:
+        return image.convert(_PLAIN_MODE[image.mode])
+    if image.mode == "LAB":
+        to_srgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        converted = ImageCms.applyTransform(image, to_srgb)
+        assert converted is not None  # None only when asked to work in place
+        return converted
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image)))
+    raise ValueError(f"no conversion from mode {image.mode}")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values uint8 (H, W). White is 65535 for integers and the first of 1, 255 and 65535 that nothing exceeds for
+    floats; values beyond, or below 0, are stretched from minimum to maximum. Not finite becomes black."""
+    whites = (65535,) if values.dtype.kind in "iu" else (1, 255, 65535)
+    grey = values.astype(np.float32)
+    finite = np.isfinite(grey)
+    low, high = (float(grey[finite].min()), float(grey[finite].max())) if finite.any() else (0.0, 0.0)
+    white = next((white for white in whites if 0 <= low and high <= white), None)
+    if white is None:
+        grey, white = grey - low, (high - low) or 1.0
+    return np.where(finite, np.clip(grey / white, 0, 1) * 255 + 0.5, 0).astype(np.uint8)
+
+
+def _ico_sizes(data: bytes) -> list[tuple[int, int]]:
+    """Width and height of the images in an icon file, from their own headers; empty for any other file.
+
+    An icon's directory holds at most 256 x 256, whatever the image behind it declares; Pillow loads it while opening.
+    """
+    if not data.startswith(b"\0\0\1\0") or len(data) < 6:
+        return []
+    sizes = []
+    for entry in range(min(int.from_bytes(data[4:6], "little"), (len(data) - 6) // 16)):
+        offset = int.from_bytes(data[18 + 16 * entry : 22 + 16 * entry], "little")
+        head = data[offset : offset + 24]
+        if len(head) < 24:
+            continue
+        if head.startswith(b"\x89PNG"):
+            sizes.append(struct.unpack(">II", head[16:24]))
+        elif head[:4] == b"\x0c\0\0\0":
+            sizes.append(struct.unpack("<HH", head[4:8]))
+        else:
+            width, height = struct.unpack("<ii", head[4:12])
+            sizes.append((abs(width), abs(height) // 2))  # the mask doubles the height
+    return sizes
+
+
+def _blp_sizes(data: bytes) -> list[tuple[int, int]]:
+    """Width and height of the JPEG in a BLP1 file, which may differ from the file's own; empty for any other file."""
+    if not data.startswith(b"BLP1\0\0\0\0"):
+        return []
+    offset, length = (int.from_bytes(data[at : at + 4], "little") for at in (28, 92))
+    head_length = int.from_bytes(data[156:160], "little")
+    jpeg = data[160 : 160 + head_length] + data[offset : offset + length]
+    return [Image.open(io.BytesIO(jpeg), formats=("JPEG",)).size]

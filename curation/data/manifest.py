@@ -1,0 +1,80 @@
+"""Which pieces are committed. A piece is one shard at one stage; its manifest, written last, is its commit.
+
+`OUTPUT/manifest/STAGE/NNNNNNNN.json` exists if and only if the piece is whole, so what was committed is never redone
+and what was not is redone whole: a file without a manifest is garbage that the next attempt overwrites. A manifest
+bears the digest of all that can change the piece's bytes (its key); a manifest with another key belongs to another run
+and is an error that says what differs, never silently mixed in or overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from curation.columns import FORMAT_VERSION
+from curation.data import storage
+
+READ_THREADS = 16
+
+
+class OtherRun(ValueError):
+    """The output holds pieces which another recipe made."""
+
+
+def shard_name(number: int) -> str:
+    """The 8-digit name under which a shard's pieces are stored."""
+    return f"{number:08d}"
+
+
+def url_of(output: str, stage: str, number: int) -> str:
+    """Where the manifest of a piece lies."""
+    return storage.join(output, "manifest", stage, f"{shard_name(number)}.json")
+
+
+def digest(value: Any) -> str:
+    """64 hex digits that name a JSON value, whatever the order of its fields."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def commit(output: str, stage: str, number: int, record: Mapping[str, Any], *, made_by: Mapping[str, Any]) -> None:
+    """Commit a piece: `record` is its account, `made_by` all that can change its bytes. Call it last."""
+    whole = {"format_version": FORMAT_VERSION, "key": digest(made_by), "made_by": dict(made_by), **record}
+    storage.write_bytes(url_of(output, stage, number), json.dumps(whole, indent=1).encode())
+
+
+def committed(output: str, stage: str) -> dict[int, dict[str, Any]]:
+    """The records of all committed pieces of a stage, by shard number. ValueError on a newer format."""
+    names = [name for name in storage.names_in(storage.join(output, "manifest", stage)) if name.endswith(".json")]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return dict(pool.map(lambda name: (int(name[:-5]), read(storage.join(output, "manifest", stage, name))), names))
+
+
+def read(url: str) -> dict[str, Any]:
+    """One JSON file of ours. ValueError if its format is newer than this code."""
+    record = json.loads(storage.read_bytes(url))
+    version = record.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{url} has format_version {version}, this code reads up to {FORMAT_VERSION}: update curation")
+    return record
+
+
+def check_same_run(records: Mapping[int, Mapping[str, Any]], made_by: Mapping[str, Any]) -> None:
+    """OtherRun, naming the fields that differ, if a committed piece was made by something else than `made_by`."""
+    key = digest(made_by)
+    for number, record in records.items():
+        if record["key"] != key:
+            changes = "; ".join(_differences(record["made_by"], made_by))
+            raise OtherRun(
+                f"the output already holds shard {number} made with another recipe ({changes}). "
+                "Committed pieces are never overwritten: choose another output, or the former recipe."
+            )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield f"{name} was {old.get(name)!r}, now {new.get(name)!r}"

@@ -1,0 +1,395 @@
+"""A shard -> its samples, each with its uid, bytes and caption, or the reason why it is dropped.
+
+Every sample that was begun is one row, in the order of the tar, so rows and reasons account for the whole file. Grouping
+is open_clip's (`tarfile_to_samples_nothrow`): a member's name is split at the first dot after the last slash into key and
+extension (lower-cased), adjacent members with the same key are one sample, and a repeated extension begins the next one.
+
+No sample, and no break between the members of one: names without key or extension (directories, `.hidden`, AppleDouble
+`._x`), webdataset's meta members (`__x__`), `__MACOSX/`, and pickles (`.pyd`, `.pickle`, `.pkl`, `.pth`, `.pt`), whose bytes
+are never held. Members that no rule names are streamed past, so memory is bounded by one sample's image, caption and json.
+
+Where the tar itself is damaged, the loss is charged to one row: to the sample around the damage if both sides belong to
+it, else to the one before or after it that lacks its image or caption, else to a row of its own with the key `@OFFSET`. Its
+other neighbours stay. An incomplete last sample of a tar without end marker is `tar:truncated`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+
+from curation.addresses import MAX_ROWS_PER_SHARD
+from curation.data.tar import Member, TarReader
+
+DROP_REASONS: dict[str, str] = {
+    # Raised here, the first that applies.
+    "tar:not_a_tar": "the shard holds no valid tar header: a web page, a compressed file",
+    "tar:truncated": "the shard ends inside the sample",
+    "tar:corrupt_header": "a tar header of the sample is damaged",
+    "tar:sparse": "a member of the sample is stored as a sparse file, which no tool of this ecosystem writes",
+    "image:not_downloaded": "a URL without image bytes: a metadata list, to be downloaded with img2dataset first",
+    "image:missing": "no member has one of the recipe's image extensions",
+    "image:empty": "the image member has no bytes",
+    "image:too_large": "the image member is above max_image_bytes",
+    "caption:missing": "no caption member, or the json has no such field, or null",
+    "caption:unreadable": "the json that should hold the caption is broken or above its limits",
+    "caption:not_text": "the json's caption field is no string",
+    "caption:not_utf8": "the caption member is not UTF-8",
+    "caption:too_large": "the caption is above max_caption_bytes",
+    "caption:empty": "the caption is blank",
+    # Raised by images.py.
+    "image:unrecognized": "no allowed decoder recognises the bytes",
+    "image:bad_header": "a decoder recognises the bytes, but not their header",
+    "image:too_many_pixels": "the header, or that of an image inside the image, declares more than max_pixels",
+    "image:extreme_aspect": "one side is more than 200 times the other",
+    "image:decode_failed": "the header is fine, the pixels are not",
+    # Raised by embedding.
+    "embedding:not_finite": "the model's embedding of the sample has a NaN or an infinity",
+}
+"""Every reason for which a sample is dropped, and what it means. A reason that is not in this list is a defect."""
+
+WARNINGS: dict[str, str] = {
+    "tar:no_end_marker": "the two zero blocks at the end are missing, nothing else is",
+    "tar:lone_zero_block": "a single zero block between members",
+    "tar:data_after_end": "more than zeros behind the end marker; members there were read",
+    "json:invalid": "a json is not valid UTF-8 JSON; the sample has no fields",
+    "json:too_deep": "a json is nested too deeply to parse; the sample has no fields",
+    "json:too_large": "a json is above max_json_bytes; the sample has no fields",
+    "json:not_an_object": "a json is a list or a value; the sample has no fields",
+    "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
+    "uid:malformed": "a json's uid is not 32 hex digits; the sample has the uid of its content",
+}
+"""Everything that is counted per shard without dropping a sample."""
+
+MAX_MEMBERS_PER_SAMPLE = 1024
+"""A group that goes on beyond this begins the next sample, so that no shard makes one of unbounded size."""
+
+_LACKING = frozenset({"image:missing", "image:not_downloaded", "caption:missing"})
+_PICKLES = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
+_META = re.compile(r"(^|/)__([^/]*__|MACOSX)($|/)")
+_UID = re.compile(r"[0-9a-fA-F]{32}")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRules:
+    """Which members make a sample, and how large they may be. Extensions are in lower case, without a leading dot."""
+
+    caption_field: str = "txt"
+    """An extension, or `json.NAME` for a field of the json."""
+    image_fields: tuple[str, ...] = ("jpg", "png", "jpeg", "webp")
+    """Extensions; the first that is present is the image (open_clip's order)."""
+    max_image_bytes: int = 64 << 20
+    max_caption_bytes: int = 64 << 10
+    max_json_bytes: int = 1 << 20
+    max_json_fields: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.image_fields:
+            raise ValueError("image_fields must name at least one extension, got none")
+        for extension in (*self.image_fields, *([] if self.json_caption else [self.caption_field])):
+            if not extension or extension != extension.lower() or extension.startswith(".") or "/" in extension:
+                raise ValueError(
+                    f"image_fields and caption_field must be lower-case extensions without a leading dot "
+                    f"(caption_field also json.NAME), got {extension!r}"
+                )
+        for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields"):
+            if getattr(self, limit) < 1:
+                raise ValueError(f"{limit} must be at least 1, got {getattr(self, limit)}")
+
+    @property
+    def json_caption(self) -> str:
+        """The json field that holds the caption; empty if a member holds it."""
+        return self.caption_field[5:] if self.caption_field.startswith("json.") else ""
+
+    def max_bytes(self, name: str) -> int:
+        """How much to hold of the member with this name; 0 if no rule needs it."""
+        extension = (split_name(name) or ("", ""))[1]
+        limits = [self.max_image_bytes] if extension in self.image_fields else []
+        limits += [self.max_caption_bytes] if extension == self.caption_field else []
+        limits += [self.max_json_bytes] if extension == "json" else []
+        return max(limits, default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One row of a shard: an image-text pair, or what is left of one and the reason why it is dropped."""
+
+    row: int
+    offset: int
+    """Byte offset of its first member's header in the shard."""
+    key: str
+    uid: str
+    image: bytes | None
+    caption: str | None
+    """Exactly as stored: not stripped, a byte order mark kept, as open_clip has it. Lone surrogates are U+FFFD."""
+    fields: dict[str, Any]
+    """The json's fields, always encodable as UTF-8."""
+    sha256: str | None
+    """Of the image bytes, 64 hex digits."""
+    reason: str | None
+    """None, or one of DROP_REASONS."""
+
+
+class ShardReader:
+    """Iterate once over a shard's samples; after that `sha256`, `num_bytes` and `warnings` describe the whole shard.
+
+    Storage errors propagate. ValueError if the shard has more rows than an address can hold.
+    """
+
+    def __init__(self, raw: BinaryIO, *, url: str, rules: ReadRules) -> None:
+        self._url, self._rules = url, rules
+        self._shard_name = shard_name(url).encode("utf-8", "backslashreplace")
+        self._tar = TarReader(raw, max_bytes=rules.max_bytes)
+        self.warnings = self._tar.warnings
+
+    @property
+    def sha256(self) -> str:
+        """Of the shard's bytes, 64 hex digits. RuntimeError before the end."""
+        return self._tar.sha256
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the shard. RuntimeError before the end."""
+        return self._tar.num_bytes
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row, content in enumerate(self._contents()):
+            if row >= MAX_ROWS_PER_SHARD:
+                raise ValueError(f"shard {self._url} has more than {MAX_ROWS_PER_SHARD} samples; split it")
+            yield self._sample(row, content)
+
+    def _contents(self) -> Iterator[_Content]:
+        """The samples in order, after it was settled which one bears a damage."""
+        before: list[Member] = []
+        for group, after in _groups(self._tar):
+            content = None if group is None else self._read(group)
+            if content is not None and content.reason in _LACKING:
+                if before:
+                    content = content._replace(reason=before.pop().problem)
+                elif after:
+                    content = content._replace(reason=after.pop(0).problem)
+                elif self.warnings["tar:no_end_marker"]:  # counted at the very end, so this sample is the last
+                    content = content._replace(reason="tar:truncated")
+            yield from map(_unnamed, before)
+            if content is not None:
+                yield content
+            before = after
+        yield from map(_unnamed, before)
+
+    def _read(self, group: _Group) -> _Content:
+        """The group's image, caption and json fields, and the first reason to drop it."""
+        rules, members = self._rules, group.members
+        fields, is_json_broken = self._read_json(members.get("json"))
+        image = next((members[extension] for extension in rules.image_fields if extension in members), None)
+        if rules.json_caption:
+            caption, caption_reason = _json_caption(fields, is_json_broken, rules)
+        else:
+            caption, caption_reason = _member_caption(members.get(rules.caption_field), rules)
+
+        if image is None:
+            is_listed = (fields.get("url") or fields.get("URL")) and fields.get("status") != "success"
+            image_reason = "image:not_downloaded" if is_listed else "image:missing"
+        elif not image.size:
+            image_reason = "image:empty"
+        else:
+            image_reason = "image:too_large" if image.size > rules.max_image_bytes else None
+        reason = group.problem or image_reason or caption_reason
+
+        uid = fields.get("uid")
+        if uid is not None and not (isinstance(uid, str) and _UID.fullmatch(uid)):
+            self.warnings["uid:malformed"] += 1
+            uid = None
+        if len(fields) > rules.max_json_fields:
+            self.warnings["json:too_many_fields"] += 1
+            fields = dict(list(fields.items())[: rules.max_json_fields])
+        data = None if image is None or image.size > rules.max_image_bytes else image.data
+        return _Content(group.key, group.offset, data, caption, fields, uid and uid.lower(), reason)
+
+    def _read_json(self, member: Member | None) -> tuple[dict[str, Any], bool]:
+        """The json's fields, and whether there is a json that could not be read. Broken is counted, not a drop."""
+        if member is None or member.problem is not None:
+            return {}, False
+        if member.data is None or member.size > self._rules.max_json_bytes:
+            self.warnings["json:too_large"] += 1
+            return {}, True
+        try:
+            fields = json.loads(member.data.decode("utf-8-sig"))
+            if rb"\u" in member.data:  # only an escape can make a lone surrogate, which no table can hold
+                fields = _without_surrogates(fields)
+        except ValueError:  # no JSON, no UTF-8, or an integer of more than 4,300 digits
+            self.warnings["json:invalid"] += 1
+            return {}, True
+        except RecursionError:
+            self.warnings["json:too_deep"] += 1
+            return {}, True
+        if not isinstance(fields, dict):
+            self.warnings["json:not_an_object"] += 1
+            return {}, True
+        return fields, False
+
+    def _sample(self, row: int, content: _Content) -> Sample:
+        image = content.image or b""
+        caption = content.caption or ""
+        uid = content.uid or content_uid(self._shard_name, content.key, image=image, caption=caption)
+        return Sample(
+            row=row,
+            offset=content.offset,
+            key=content.key,
+            uid=uid,
+            image=content.image,
+            caption=content.caption,
+            fields=content.fields,
+            sha256=None if content.image is None else hashlib.sha256(content.image).hexdigest(),
+            reason=content.reason,
+        )
+
+
+def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1 << 30) -> list[tuple[str, bytes]]:
+    """Names and bytes of all members of the sample that begins at `offset`, in order and untouched, pickles left out.
+
+    For the writer that copies samples. Names are for a tar, never for a file system. ValueError if no whole sample
+    begins there, or a member is larger than `max_member_bytes`: the shard is not the one that was read.
+    """
+    raw.seek(offset)
+    # 256 KiB reads: a sample is about 50 KB, and a 1 MiB read for each would read and hash 20 times too much.
+    tar = TarReader(raw, max_bytes=lambda _: max_member_bytes, start=offset, read_bytes=1 << 18)
+    group, _ = next(_groups(tar), (None, []))
+    if group is None or group.offset != offset or group.problem is not None:
+        raise ValueError(f"no whole sample begins at offset {offset}")
+    members = []
+    for member in group.members.values():
+        if member.data is None:
+            raise ValueError(
+                f"member {member.name!r} of the sample at offset {offset} is above {max_member_bytes} bytes"
+            )
+        members.append((member.name, member.data))
+    return members
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and lower-case extension of a member's name: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None if it is no sample's."""
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    extension = name[dot + 1 :].lower()
+    if dot <= base or not extension or extension.rsplit(".", 1)[-1] in _PICKLES:
+        return None
+    key = name[:dot]
+    return None if "__" in key and _META.search(key) else (key, extension)
+
+
+def shard_name(url: str) -> str:
+    """Last folder and file name of a shard's URL: what of its place enters a uid, so that a pool can be moved."""
+    path = url
+    if "://" in url:
+        path = url.rsplit("://", 1)[1].split("?", 1)[0]  # a signed URL changes with every signature
+    return "/".join([part for part in path.split("/") if part not in ("", ".")][-2:])
+
+
+def content_uid(shard: bytes, key: str, *, image: bytes, caption: str) -> str:
+    """First 128 bits, as 32 hex digits, of the sha256 of shard name, key, image bytes and caption.
+
+    Each is preceded by its length in bytes (8 bytes, little-endian). What is missing counts as empty.
+    """
+    digest = hashlib.sha256()
+    for part in (shard, key.encode("utf-8"), image, caption.encode("utf-8")):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Adjacent members with the same key, by extension."""
+
+    key: str
+    offset: int
+    members: dict[str, Member] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class _Content(NamedTuple):
+    """A sample before it has a row."""
+
+    key: str
+    offset: int
+    image: bytes | None
+    caption: str | None
+    fields: dict[str, Any]
+    uid: str | None
+    reason: str | None
+
+
+def _groups(tar: TarReader) -> Iterator[tuple[_Group | None, list[Member]]]:
+    """Groups in order, each with the unnamed damages that follow it; None stands for the group before the first."""
+    group: _Group | None = None
+    damages: list[Member] = []
+    for member in tar:
+        name = split_name(member.name)
+        if name is None:
+            if member.problem is not None and member.problem != "tar:sparse":
+                damages.append(member)
+            continue
+        key, extension = name
+        is_same = group is not None and key == group.key and extension not in group.members
+        if group is None or not is_same or len(group.members) >= MAX_MEMBERS_PER_SAMPLE:
+            if group is not None or damages:
+                yield group, damages
+            group, damages = _Group(key, member.offset), []
+        elif damages:
+            group.problem = group.problem or damages[0].problem
+            damages = []
+        group.members[extension] = member
+        group.problem = group.problem or member.problem
+    if group is not None or damages:
+        yield group, damages
+
+
+def _unnamed(damage: Member) -> _Content:
+    """The row of a damage that no sample bears."""
+    return _Content(f"@{damage.offset}", damage.offset, None, None, {}, None, damage.problem)
+
+
+def _member_caption(member: Member | None, rules: ReadRules) -> tuple[str | None, str | None]:
+    """Caption and drop reason from a caption member."""
+    if member is None:
+        return None, "caption:missing"
+    if member.data is None or member.size > rules.max_caption_bytes:
+        return None, "caption:too_large"
+    try:
+        caption = member.data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None, "caption:not_utf8"
+    return caption, "caption:empty" if _is_blank(caption) else None
+
+
+def _json_caption(fields: dict[str, Any], is_json_broken: bool, rules: ReadRules) -> tuple[str | None, str | None]:
+    """Caption and drop reason from the json's fields."""
+    caption = fields.get(rules.json_caption)
+    if caption is None:
+        return None, "caption:unreadable" if is_json_broken else "caption:missing"
+    if not isinstance(caption, str):
+        return None, "caption:not_text"
+    if len(caption.encode("utf-8")) > rules.max_caption_bytes:
+        return None, "caption:too_large"
+    return caption, "caption:empty" if _is_blank(caption) else None
+
+
+def _is_blank(caption: str) -> bool:
+    return not caption.replace("\ufeff", "").strip()
+
+
+def _without_surrogates(value: Any) -> Any:
+    """A parsed JSON value whose strings can all be encoded as UTF-8."""
+    if isinstance(value, str):
+        return _SURROGATES.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
+    return value

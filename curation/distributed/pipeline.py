@@ -1,0 +1,312 @@
+"""Curation from end to end: list, plan, embed, account, select, write. Doing it again does only what is not done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
+from curation.data import card, manifest, shard_list, storage, tables
+from curation.data.lease import Lease
+from curation.data.shard_list import Shard
+from curation.data.storage import ListedShard
+from curation.distributed import select as selection
+from curation.distributed import versions
+from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.distributed.embed import EmbedSpec, ShardEmbed
+from curation.distributed.resources import Placement, cluster, place
+from curation.distributed.write import write_selection
+from curation.models.clip import weights_digest
+from curation.recipe import CurateRecipe
+
+SHARDS_PER_WAVE = 10_000
+
+Record = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """What a run will do. `shards` is the whole append-only list, `pool` its part that this run sees."""
+
+    listed: list[ListedShard]
+    shards: list[Shard]
+    pool: list[Shard]
+    committed: dict[int, Record]
+
+    @property
+    def todo(self) -> list[Shard]:
+        """Shards of the pool that are not committed."""
+        return [shard for shard in self.pool if shard.number not in self.committed]
+
+    @property
+    def absent(self) -> list[str]:
+        """URLs that the pattern names and the store does not hold."""
+        return [url for url, fingerprint in self.listed if not fingerprint]
+
+
+class Watch:
+    """Hears how a run gets on. This one is silent; jobs print."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan is made; the work begins."""
+
+    def committed(self, record: Record) -> None:
+        """A shard is committed, or was left pending."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The account of a run, as summary.json holds it. `failures` is empty if and only if all is well."""
+
+    read: int
+    embedded: int
+    dropped: dict[str, int]
+    selected: int | None
+    seconds: float
+    images_per_second: dict[str, float]
+    bottleneck: str | None
+    warnings: dict[str, int]
+    waterfall: list[tuple[str, int, int]] = field(default_factory=list)
+    shards: dict[str, int] = field(default_factory=dict)
+    decoded_now: int = 0
+    """Images that this run decoded: 0 when all was committed before."""
+    failures: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+
+def make_plan(recipe: CurateRecipe) -> Plan:
+    """List the pool and hold it against what is committed. Touches nothing. ValueError if the pool is empty."""
+    if not recipe.pool.shards:
+        raise ValueError("pool.shards is empty: name the shards, as in --pool.shards 'folder/{00000..00041}.tar'")
+    if not recipe.output:
+        raise ValueError("output is empty: name a folder or URL for the run, as in --output DIR")
+    listed = storage.list_shards(recipe.pool.shards)
+    committed = manifest.committed(recipe.output, EMBED_STAGE)
+    known = [_with_content(shard, committed) for shard in shard_list.load(recipe.output)]
+    content_of = storage.sha256_of if recipe.pool.verify == "content" else None
+    shards = shard_list.extend(known, listed, content_of=content_of)
+    return Plan(listed, shards, shard_list.present(shards, listed), committed)
+
+
+def curate(recipe: CurateRecipe, *, watch: Watch | None = None) -> Summary:
+    """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse if another run holds the output."""
+    begun, watch = time.time(), watch or Watch()
+    recipe = recipe.model_copy(update={"output": storage.absolute(recipe.output) if recipe.output else ""})
+    make_plan(recipe)  # a pool that is not there is told before Ray starts
+    with Lease(recipe.output), cluster(recipe.compute):
+        plan = make_plan(recipe)
+        placement = place(recipe.compute, precision=recipe.embed.precision)
+        spec = _embed_spec(recipe, placement)
+        manifest.check_same_run(plan.committed, spec.made_by)
+        shard_list.save(recipe.output, plan.shards)
+        _save_recipe(recipe, spec)
+        watch.planned(plan)
+
+        records, pending = dict(plan.committed), {}
+        embedded_now: list[Record] = []
+        embed_begun = time.time()
+        for record in embed_shards(plan.todo, spec, placement):
+            watch.committed(record)
+            if "pending" in record:
+                pending[record["url"]] = record["pending"]
+            else:
+                records[record["shard"]] = record
+                embedded_now.append(record)
+        embed_seconds = time.time() - embed_begun
+
+        shards = [_with_content(shard, records) for shard in plan.shards]
+        shard_list.save(recipe.output, shards)
+        pool = [records[shard.number] for shard in plan.pool if shard.number in records]
+        summary = _summary(pool, embedded_now, plan, placement, spec, embed_seconds)
+        failures = _failures(summary, pending, max_drop_fraction=recipe.max_drop_fraction)
+        _write_drops(recipe.output, [record for record in pool if record["dropped"]])
+        if not failures:
+            summary = _select_and_write(recipe, pool, summary, spec, watch)
+        summary = _replaced(summary, seconds=round(time.time() - begun, 3), failures=failures)
+        storage.write_bytes(storage.join(recipe.output, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
+    return summary
+
+
+def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
+    """Embed and commit the shards on a pool of actors; their records, as they are done."""
+    for at in range(0, len(todo), SHARDS_PER_WAVE):
+        wave = todo[at : at + SHARDS_PER_WAVE]
+        # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
+        rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in wave]
+        records = ray.data.from_arrow(rows).map_batches(
+            ShardEmbed,
+            fn_constructor_args=(spec,),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(size=min(placement.actors, len(wave)), max_tasks_in_flight_per_actor=2),
+            num_cpus=placement.num_cpus or None,
+            num_gpus=placement.num_gpus or None,
+        )
+        for row in records.iter_rows():
+            yield json.loads(row["record"])
+
+
+def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
+    embed, compute = recipe.embed, recipe.compute
+    weights = weights_digest(embed.model, pretrained=embed.pretrained, checkpoint=embed.checkpoint, seed=embed.seed)
+    return EmbedSpec(
+        output=recipe.output,
+        model=embed.model,
+        pretrained=embed.pretrained,
+        checkpoint=embed.checkpoint,
+        seed=embed.seed,
+        precision=placement.precision,
+        device=placement.device,
+        batch_size=embed.batch_size,
+        decode_threads=compute.decode_threads,
+        torch_threads=compute.torch_threads,
+        max_pixels=recipe.pool.max_pixels,
+        rules=recipe.pool.read_rules(),
+        made_by=recipe.embedded_by(
+            weights_digest=weights, device=placement.device, precision=placement.precision
+        ),
+    )
+
+
+def _save_recipe(recipe: CurateRecipe, spec: EmbedSpec) -> None:
+    whole = {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "embedded_by": dict(spec.made_by),
+        "versions": versions.packages(),
+        "code": versions.code(),
+        "seeds": {"selection": recipe.seed, "random_weights": recipe.embed.seed},
+    }
+    storage.write_bytes(storage.join(recipe.output, "recipe.json"), json.dumps(whole, indent=1).encode())
+
+
+def _with_content(shard: Shard, records: dict[int, Record]) -> Shard:
+    record = records.get(shard.number)
+    return shard if record is None else shard._replace(sha256=record["sha256"], rows=record["read"])
+
+
+def _summary(
+    pool: Sequence[Record],
+    embedded_now: Sequence[Record],
+    plan: Plan,
+    placement: Placement,
+    spec: EmbedSpec,
+    embed_seconds: float,
+) -> Summary:
+    dropped, warnings = Counter(), Counter()
+    for record in pool:
+        dropped.update(record["dropped"])
+        warnings.update(record["warnings"])
+    if plan.absent:
+        warnings["shard:absent"] = len(plan.absent)
+    seconds = Counter[str]()
+    for record in embedded_now:
+        seconds.update(record["seconds"])
+    images = sum(record["embedded"] for record in embedded_now)
+    rates = {
+        "embed": images / embed_seconds if images else 0.0,
+        "decode": _rate(images, seconds["decode"], placement.actors * spec.decode_threads),
+        "forward": _rate(images, seconds["forward"], placement.actors),
+        "commit": _rate(images, seconds["write"], placement.actors),
+    }
+    spent = {"decode": seconds["wait"], "forward": seconds["forward"], "commit": seconds["write"]}
+    busiest = max(spent, key=lambda stage: spent[stage])
+    total = sum(spent.values())
+    return Summary(
+        read=sum(record["read"] for record in pool),
+        embedded=sum(record["embedded"] for record in pool),
+        dropped=dict(sorted(dropped.items())),
+        selected=None,
+        seconds=0.0,
+        images_per_second={stage: round(rate, 1) for stage, rate in rates.items() if rate},
+        bottleneck=f"{busiest} ({spent[busiest] / total:.0%} of the actors' time)" if total else None,
+        warnings=dict(sorted(warnings.items())),
+        shards={
+            "listed": len(plan.listed),
+            "committed": len(pool),
+            "embedded_now": len(embedded_now),
+            "absent": len(plan.absent),
+            "retired": sum(shard.retired for shard in plan.shards),
+        },
+        decoded_now=sum(record["decoded"] for record in embedded_now),
+    )
+
+
+def _rate(images: int, seconds: float, workers: int) -> float:
+    return images * workers / seconds if seconds else 0.0
+
+
+def _failures(summary: Summary, pending: dict[str, str], *, max_drop_fraction: float) -> list[str]:
+    failures = [f"shard {url} is pending, run again to read it: {why}" for url, why in sorted(pending.items())]
+    num_dropped = sum(summary.dropped.values())
+    if summary.read != summary.embedded + num_dropped:
+        failures.append(f"read {summary.read} is not embedded {summary.embedded} + dropped {num_dropped}")
+    if num_dropped > max_drop_fraction * summary.read:
+        failures.append(
+            f"{num_dropped} of {summary.read} samples were dropped ({num_dropped / summary.read:.1%}), more than "
+            f"max_drop_fraction {max_drop_fraction:.1%}. What was embedded is committed; raise the limit and run again, "
+            f"or look at drops.parquet. Reasons: {summary.dropped}"
+        )
+    return failures
+
+
+def _write_drops(output: str, records: Sequence[Record]) -> None:
+    """drops.parquet: every dropped sample of the pool with its reason, in order of address."""
+    with storage.write_atomic(storage.join(output, "drops.parquet")) as file, pq.ParquetWriter(file, DROPS_SCHEMA) as out:
+        for record in sorted(records, key=lambda record: record["shard"]):
+            table = tables.read(output, record["shard"], ["uid", "shard", "offset", "reason", "status"])
+            out.write_table(table.filter(pc.equal(table["status"], "dropped")).select(DROPS_SCHEMA.names))
+
+
+def _select_and_write(
+    recipe: CurateRecipe, pool: Sequence[Record], summary: Summary, spec: EmbedSpec, watch: Watch
+) -> Summary:
+    numbers = sorted(record["shard"] for record in pool)
+    watch.stage("select")
+    begun = time.time()
+    selected = selection.select(
+        recipe.output, numbers, embedded=summary.embedded, steps=recipe.selection, seed=recipe.seed
+    )
+    select_seconds = time.time() - begun
+    watch.stage("write")
+    begun = time.time()
+    written = write_selection(recipe, numbers, selected, num_read=summary.read)
+    write_seconds = time.time() - begun
+    waterfall = [tuple(count) for count in selected.counts]
+    facts = card.CardFacts(
+        recipe_name=recipe.name,
+        shards=recipe.pool.shards,
+        read=summary.read,
+        embedded=summary.embedded,
+        dropped=summary.dropped,
+        warnings=summary.warnings,
+        waterfall=waterfall,
+        selected=selected.rows,
+        licences=written.licences,
+        embedded_by=spec.made_by,
+        versions=versions.packages(),
+    )
+    for folder in ("", "shards") if recipe.write.tars else ("",):
+        storage.write_bytes(storage.join(recipe.output, *filter(None, [folder]), "README.md"), card.card(facts).encode())
+    rates = {
+        **summary.images_per_second,
+        "select": round(summary.embedded / select_seconds, 1),
+        "write": round(selected.rows / write_seconds, 1),
+    }
+    return _replaced(summary, selected=selected.rows, waterfall=waterfall, images_per_second=rates)
+
+
+def _replaced(summary: Summary, **changes: Any) -> Summary:
+    return Summary(**{**asdict(summary), **changes})

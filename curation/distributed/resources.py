@@ -1,0 +1,94 @@
+"""Where the work runs: a cluster to join or a Ray of our own on this machine, and how many actors of what size."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ray
+from ray.data import DataContext
+
+from curation.recipe import Compute
+
+NO_PROGRESS_TIMEOUT_S = 600
+
+
+class Placement(NamedTuple):
+    """The embedding actors: how many, and what each takes."""
+
+    device: str
+    precision: str
+    actors: int
+    num_cpus: float
+    num_gpus: float
+
+
+@contextlib.contextmanager
+def cluster(compute: Compute) -> Iterator[None]:
+    """A connection to Ray: the one there is, the cluster that RAY_ADDRESS or a submitted job names, or one of our own.
+
+    A Ray of our own listens with a token made for this run, has no dashboard, and ends with the block.
+    """
+    _quieten()
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR)
+    else:
+        _start_local(compute)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(compute: Compute) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    wanted = (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, wanted),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _quieten() -> None:
+    """Ray's own chatter, off; errors still show. Our progress line says what matters."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+
+
+def place(compute: Compute, *, precision: str) -> Placement:
+    """Actors for the connected cluster. ValueError if it has no GPU where one is asked for, or too few for the actors."""
+    resources = ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda":
+        if not gpus:
+            raise ValueError("compute.device is 'cuda', but the cluster has no GPU; use 'cpu' or 'auto'")
+        per_actor, have, name = compute.gpus_per_actor, gpus, "GPUs"
+    else:
+        per_actor, have, name = float(compute.torch_threads), cpus, "CPUs"
+    actors = compute.actors or max(1, int(have / per_actor))
+    if actors * per_actor > have:
+        raise ValueError(
+            f"compute.actors={actors} with {per_actor:g} {name} each need {actors * per_actor:g} {name}, "
+            f"the cluster has {have:g}"
+        )
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" else "float32"
+    # No CPU beside a GPU: an actor that holds a fraction of a node's CPUs can starve the tasks that feed it.
+    num_cpus, num_gpus = (0.0, compute.gpus_per_actor) if device == "cuda" else (per_actor, 0.0)
+    return Placement(device, precision, actors, num_cpus, num_gpus)

@@ -1,0 +1,256 @@
+"""Selection over committed tables: exact, resumable by redoing, in memory that does not grow with the pool.
+
+A selection is a list of steps, each applied to what the one before it left. Every step boils down to a test of a row by
+itself: a threshold on a column, or a selector's key against a cut that keeps exactly the top k. So what a task must know
+of all earlier steps is a few numbers, and no mask of the pool is ever stored. Cuts come from `numerics.sampling`: two
+passes over the key column in the usual case. Repeats of a uid are folded first, by a sort on disk: the lowest address
+stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from curation import addresses
+from curation.columns import JSON_PREFIX
+from curation.data import storage, tables
+from curation.data.uid_sort import UidSort, later_copies, splitters
+from curation.distributed.tasks import in_groups, ordered
+from curation.numerics import sampling
+from curation.numerics.sampling import Cut, CutSearch, Pass, PassCount
+from curation.recipe import Select, Step, Threshold
+from curation.selector import Rows
+
+LOWEST_SCORE = Cut(key_bits=1, tie=0)
+"""Keeps every row that has a score: only NaN lies below it."""
+
+SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
+OFFLINE_PROGRESS = 0.0
+KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256")
+LICENSE_COLUMNS = tuple(JSON_PREFIX + name for name in ("license", "licence", "LICENSE"))
+
+
+class Decided(NamedTuple):
+    """A step whose outcome for any row is known: a threshold, or a selector with the cut of its key."""
+
+    step: Step
+    seed: int
+    cut: Cut
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Columns of the sample table that the test reads."""
+        return frozenset({self.step.column}) if isinstance(self.step, Threshold) else self.step.selector().needs
+
+
+class StepCount(NamedTuple):
+    """What one step of the selection did."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+
+
+class Selected(NamedTuple):
+    """The outcome over a pool: `decided` tests every row, `counts` is the waterfall, `uid_bounds` part the uids evenly."""
+
+    decided: list[Decided]
+    counts: list[StepCount]
+    uid_bounds: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """How many rows are kept."""
+        return self.counts[-1].rows_out
+
+
+def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequence[Step], seed: int) -> Selected:
+    """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped."""
+    groups = in_groups(numbers)
+    bounds = _uid_bounds(output, numbers, embedded=embedded)
+    rows = embedded - _fold_duplicates(output, groups, bounds)
+    counts = [StepCount("duplicate_uid", embedded, rows)]
+    decided: list[Decided] = []
+    for place, step in enumerate(steps):
+        now = Decided(step, _seed_of_step(seed, place), sampling.KEEP_ALL)
+        if isinstance(step, Select):
+            now = now._replace(cut=_find_cut(step, output, groups, [*decided, now], rows))
+        decided = [*decided, now]
+        rows_in, rows = rows, sum(ordered(_count, ((output, group, decided) for group in groups)))
+        counts.append(StepCount(step.name, rows_in, rows))
+    return Selected(decided, counts, bounds)
+
+
+def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
+    """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license."""
+    return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
+
+
+def _seed_of_step(seed: int, place: int) -> int:
+    """A seed of its own for each step of the selection, from the run's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8], "little") >> 1
+
+
+def _uid_bounds(output: str, numbers: Sequence[int], *, embedded: int) -> np.ndarray:
+    spread = numbers[:: max(1, len(numbers) // SAMPLED_SHARDS)]
+    sample = [words[:SAMPLED_ROWS] for _, words in ordered(_uids, ((output, [number]) for number in spread))]
+    return splitters(np.concatenate([np.zeros((0, 2), np.uint64), *sample]), num_rows=embedded)
+
+
+def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -> int:
+    """Save the sorted addresses of all rows whose uid has a lower address; returns how many there are."""
+    with tempfile.TemporaryDirectory(prefix="curation-uids-") as folder:
+        by_uid = UidSort(Path(folder), splitters_P2=bounds)
+        for where, words in ordered(_uids, ((output, group) for group in groups)):
+            by_uid.add(words, where)
+        duplicates = [np.zeros(0, np.int64), *(later_copies(block) for block in by_uid.sorted_blocks())]
+    later = np.sort(np.concatenate(duplicates))
+    with storage.write_atomic(_duplicates_url(output)) as file:
+        np.save(file, later)
+    return len(later)
+
+
+def _duplicates_url(output: str) -> str:
+    return storage.join(output, "selection", "duplicates.npy")
+
+
+def _find_cut(step: Select, output: str, groups: list[list[int]], decided: list[Decided], rows: int) -> Cut:
+    """The cut of `step`, the last of `decided`, over the `rows` rows that reach it."""
+    if step.min_score is not None:
+        bits = int(sampling.order_bits(np.asarray([step.min_score], np.float32))[0])
+        return Cut(key_bits=max(bits, LOWEST_SCORE.key_bits), tie=0)
+    if step.keep_fraction is not None and step.ties == "datacomp":
+        rank = int(rows * step.keep_fraction)
+        if rank >= rows:
+            return LOWEST_SCORE
+        lowest = _search(output, groups, decided, keep=rank + 1)
+        return Cut(key_bits=max(lowest.key_bits, LOWEST_SCORE.key_bits), tie=0)
+    keep = step.keep if step.keep is not None else round(rows * (step.keep_fraction or 0.0))
+    return _search(output, groups, decided, keep=min(keep, rows))
+
+
+def _search(output: str, groups: list[list[int]], decided: list[Decided], *, keep: int) -> Cut:
+    search = CutSearch(keep)
+    while not search.done:
+        for count in ordered(_count_pass, ((output, group, decided, search.current_pass) for group in groups)):
+            search.merge(count)
+        search.end_pass()
+    assert not search.surplus, f"{search.surplus} rows at the cut share key and uid hash"
+    return search.cut
+
+
+# What runs in a task: plain functions of one group of shards.
+
+
+def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses (n,) and uids (n, 2) of the rows that were embedded."""
+    table = pa.concat_tables(tables.read(output, number, ["address", "uid", "status"]) for number in numbers)
+    table = table.filter(pc.equal(table["status"], "ok"))
+    return table["address"].to_numpy(), sampling.uid_words(table["uid"].to_pylist())
+
+
+def _count(output: str, numbers: list[int], decided: list[Decided]) -> int:
+    needs = _needs(decided)
+    return sum(int(_surviving(_candidates(output, number, needs), decided).sum()) for number in numbers)
+
+
+def _count_pass(output: str, numbers: list[int], decided: list[Decided], this_pass: Pass) -> PassCount:
+    *before, now = decided
+
+    def count(number: int) -> PassCount:
+        table = _candidates(output, number, _needs(decided))
+        bits, ties = _bits_and_ties(table, now)
+        reached = _surviving(table, before)
+        return sampling.count_pass(this_pass, bits[reached], ties[reached])
+
+    return reduce(add, map(count, numbers))
+
+
+def _kept(output: str, numbers: list[int], decided: list[Decided]) -> pa.Table:
+    return pa.concat_tables(_kept_of_shard(output, number, decided) for number in numbers)
+
+
+def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table:
+    table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS})
+    ranked = [now for now in decided if isinstance(now.step, Select)]
+    score = np.full(table.num_rows, np.nan, np.float32)
+    if ranked:
+        last = ranked[-1].step
+        assert isinstance(last, Select)
+        score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
+    licenses = pc.coalesce(*(tables.as_text(table[name]) for name in LICENSE_COLUMNS))
+    kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
+    return kept.append_column("license", licenses).filter(pa.array(_surviving(table, decided)))
+
+
+def _needs(decided: Sequence[Decided]) -> frozenset[str]:
+    return frozenset({"uid"}).union(*(now.needs for now in decided))
+
+
+def _candidates(output: str, number: int, columns: frozenset[str]) -> pa.Table:
+    """Columns of the rows of one shard that a selection may choose: embedded, and no later copy of a uid."""
+    table = tables.read(output, number, sorted(columns | {"address", "status"}))
+    first = np.ones(table.num_rows, dtype=bool)
+    first[addresses.row_of(_duplicates_in(output, number))] = False
+    return table.filter(pc.and_(pc.equal(table["status"], "ok"), pa.array(first)))
+
+
+def _duplicates_in(output: str, number: int) -> np.ndarray:
+    """The shard's part of the duplicates' addresses; on a disk only the pages that hold it are read."""
+    url = _duplicates_url(output)
+    if storage.is_local(url):
+        duplicates = np.load(storage.absolute(url), mmap_mode="r", allow_pickle=False)
+    else:
+        duplicates = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+    begin, end = np.searchsorted(duplicates, addresses.pack(number, np.asarray([0])) + [0, addresses.MAX_ROWS_PER_SHARD])
+    return duplicates[begin:end]
+
+
+def _surviving(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
+    """Which rows pass all the steps, (n,) bool."""
+    alive = np.ones(table.num_rows, dtype=bool)
+    for now in decided:
+        if isinstance(now.step, Threshold):
+            alive &= _within(now.step, table)
+        else:
+            alive &= sampling.kept(now.cut, *_bits_and_ties(table, now))
+    return alive
+
+
+def _within(step: Threshold, table: pa.Table) -> np.ndarray:
+    values = tables.as_numbers(table[step.column], name=step.column)
+    low = -np.inf if step.at_least is None else step.at_least
+    high = np.inf if step.at_most is None else step.at_most
+    return np.where(np.isnan(values), step.nulls == "keep", (values >= low) & (values <= high))
+
+
+def _bits_and_ties(table: pa.Table, now: Decided) -> tuple[np.ndarray, np.ndarray]:
+    """A selector's keys as order bits (n,) uint32, and the tie hashes of the uids (n,) uint64."""
+    assert isinstance(now.step, Select)
+    selector = now.step.selector()
+    rows = _rows(table, selector.needs | {"uid"})
+    keys = selector.sort_key(rows, OFFLINE_PROGRESS, now.seed).numpy()
+    return sampling.order_bits(keys), sampling.tie_hash(rows["uid"].numpy().view(np.uint64))
+
+
+def _rows(table: pa.Table, needs: frozenset[str]) -> Rows:
+    """Columns of a table as a selector takes them."""
+    rows: Rows = {}
+    for name in needs:
+        if name == "uid":
+            rows[name] = torch.from_numpy(sampling.uid_words(table[name].to_pylist()).view(np.int64))
+        else:
+            rows[name] = torch.from_numpy(tables.as_array(table[name], name=name).astype(np.float32))
+    return rows

@@ -1,0 +1,133 @@
+"""The kept set, written: subset file, table, and tars, one Ray task per tar.
+
+A tar is a piece: its manifest, written last, bears the digest of the rows it was made from, so a tar that is there is not
+written again, and one that belongs to a former selection is replaced or removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.columns import SELECTED_SCHEMA
+from curation.data import manifest, storage
+from curation.data.tables import Rechunk, rechunked
+from curation.data.uid_sort import UidSort
+from curation.data.writers import KEPT_SCHEMA, SHARD_FORMAT, remove_tar, write_index, write_subset, write_tar
+from curation.distributed.select import Selected, kept_rows
+from curation.distributed.tasks import ordered
+from curation.numerics.sampling import uid_words
+from curation.recipe import CurateRecipe
+
+STAGE = "write"
+ROWS_PER_GROUP = 100_000
+MAX_LICENCES = 100
+
+
+class Written(NamedTuple):
+    """What was written: kept samples by licence, and by tar."""
+
+    licences: dict[str, int]
+    sizes: dict[str, int]
+
+
+def write_selection(recipe: CurateRecipe, numbers: Sequence[int], selected: Selected, *, num_read: int) -> Written:
+    """Write selection/ and, if the recipe wants them, shards/. The kept rows are streamed once, in order of address."""
+    folder = storage.join(recipe.output, "selection")
+    licences: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="curation-subset-") as spool:
+        by_uid = UidSort(Path(spool), splitters_P2=selected.uid_bounds)
+        with (
+            storage.write_atomic(storage.join(folder, "selected.parquet")) as file,
+            pq.ParquetWriter(file, SELECTED_SCHEMA) as table_out,
+        ):
+            kept = _noted(kept_rows(recipe.output, numbers, selected.decided), table_out, by_uid, licences)
+            sizes = _write_tars(recipe, kept) if recipe.write.tars else _without_tars(kept)
+        words = (np.stack([block["high"], block["low"]], axis=1) for block in by_uid.sorted_blocks())
+        write_subset(storage.join(folder, "subset.npy"), words, num_rows=selected.rows)
+    if recipe.write.tars:
+        shards = storage.join(recipe.output, "shards")
+        storage.copy(storage.join(folder, "subset.npy"), storage.join(shards, "sample_ids.npy"))
+        arguments = recipe.model_dump(mode="json", exclude={"output", "compute"})
+        write_index(shards, sizes, arguments=arguments, num_read=num_read)
+    return Written(_most_common(licences), sizes)
+
+
+def _noted(
+    kept: Iterator[pa.Table], table_out: pq.ParquetWriter, by_uid: UidSort, licences: Counter[str]
+) -> Iterator[pa.Table]:
+    """The kept rows, passed on as KEPT_SCHEMA; on the way they enter selected.parquet, the uid sort and the counts."""
+    groups = Rechunk(ROWS_PER_GROUP)
+
+    def write(groups_: Iterator[pa.Table]) -> None:
+        for group in groups_:
+            table_out.write_table(group, row_group_size=ROWS_PER_GROUP)
+
+    for table in kept:
+        n = table.num_rows
+        table = table.append_column("weight", pa.array(np.ones(n, np.float32)))
+        table = table.append_column("copies", pa.array(np.ones(n, np.uint32)))
+        write(groups.add(table.select(SELECTED_SCHEMA.names)))
+        by_uid.add(uid_words(table["uid"].to_pylist()), table["address"].to_numpy())
+        licences.update(licence or "(none stated)" for licence in table["license"].to_pylist())
+        yield table.select(KEPT_SCHEMA.names)
+    write(groups.rest())
+
+
+def _write_tars(recipe: CurateRecipe, kept: Iterator[pa.Table]) -> dict[str, int]:
+    """Write the tars that are not there yet, remove those of a former selection; samples by tar."""
+    done = manifest.committed(recipe.output, STAGE)
+
+    def jobs() -> Iterator[tuple[Any, ...]]:
+        for index, rows in enumerate(rechunked(kept, recipe.write.samples_per_shard)):
+            yield recipe.output, index, rows, done.get(index)
+
+    sizes = dict(ordered(_write_tar, jobs()))
+    for index in sorted(done.keys() - set(range(len(sizes)))):
+        storage.delete(manifest.url_of(recipe.output, STAGE, index))
+        remove_tar(storage.join(recipe.output, "shards"), index)
+    return sizes
+
+
+def _without_tars(kept: Iterator[pa.Table]) -> dict[str, int]:
+    for _ in kept:
+        pass
+    return {}
+
+
+def _most_common(licences: Counter[str]) -> dict[str, int]:
+    most = dict(licences.most_common(MAX_LICENCES))
+    rest = licences.total() - sum(most.values())
+    return {**most, "(others)": rest} if rest else most
+
+
+# What runs in a task.
+
+
+def _write_tar(output: str, index: int, rows: pa.Table, former: dict[str, Any] | None) -> tuple[str, int]:
+    """Commit one tar; returns its name and samples. `former` is the committed record of that index, if there is one."""
+    made_by = {"rows": _digest(rows)}
+    if former and former["key"] == manifest.digest(made_by):
+        return former["name"], former["samples"]
+    if former:  # first the manifest: a tar under a manifest of other rows must never be
+        storage.delete(manifest.url_of(output, STAGE, index))
+    samples = write_tar(storage.join(output, "shards"), index, rows)
+    name = SHARD_FORMAT.format(index)
+    manifest.commit(output, STAGE, index, {"name": name, "samples": samples}, made_by=made_by)
+    return name, samples
+
+
+def _digest(rows: pa.Table) -> str:
+    """sha256 of the rows, which with the immutable shards determine a tar's bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()

@@ -1,0 +1,230 @@
+"""What a run is: frozen, validated models. Nothing else configures a run, and a saved recipe runs it again.
+
+Unknown names and values out of bounds are errors that name the field. A recipe round-trips through JSON; every run saves
+its own, resolved, in its output.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from curation.columns import FORMAT_VERSION, JSON_PREFIX
+from curation.data.shards import ReadRules
+from curation.methods import load_selector
+from curation.selector import PoolSelector
+
+
+class Part(BaseModel):
+    """A part of a recipe: immutable, and a name that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+_READ = ReadRules()
+
+
+class Pool(Part):
+    """Which samples a run may choose from, and how they are read."""
+
+    shards: str = ""
+    """Paths, globs, brace lists or fsspec URLs of tars, joined by `::`; a folder means its *.tar."""
+    caption_field: str = _READ.caption_field
+    """Extension of the member that holds the caption, or json.NAME for a field of the json."""
+    image_fields: tuple[str, ...] = _READ.image_fields
+    """Extensions of the member that holds the image; the first that is present wins."""
+    max_image_bytes: int = Field(_READ.max_image_bytes, gt=0)
+    """A larger image member is dropped unread."""
+    max_caption_bytes: int = Field(_READ.max_caption_bytes, gt=0)
+    max_json_bytes: int = Field(_READ.max_json_bytes, gt=0)
+    max_json_fields: int = Field(_READ.max_json_fields, ge=0)
+    max_pixels: int = Field(90_000_000, gt=0)
+    """An image whose header says more is dropped before it is decoded."""
+    verify: Literal["fingerprint", "content"] = "fingerprint"
+    """What tells that a shard was edited since it was read: size and mtime (or etag), or the sha256 of its bytes."""
+
+    def read_rules(self) -> ReadRules:
+        """The reader's part of these fields."""
+        return ReadRules(**{name: getattr(self, name) for name in ReadRules.__dataclass_fields__})
+
+
+class Embed(Part):
+    """The model that embeds the pool."""
+
+    model: str = "ViT-B-32"
+    """An open_clip model, or `nano`, a small model of the same build for CPUs."""
+    pretrained: str | None = None
+    """open_clip's tag of pretrained weights, such as laion2b_s34b_b79k."""
+    checkpoint: str | None = None
+    """A local checkpoint instead; a state dict that fits the model."""
+    seed: int = Field(0, ge=0)
+    """Seed of random weights, when neither tag nor checkpoint is given."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    resize: Literal["exact"] = "exact"
+    """exact: the model's own open_clip transform."""
+    batch_size: int = Field(128, gt=0)
+    """Rows per forward pass; a batch never crosses a shard, and the last one is padded."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and self.checkpoint:
+            raise ValueError(f"give pretrained or checkpoint, got both: {self.pretrained!r}, {self.checkpoint!r}")
+        return self
+
+
+class Compute(Part):
+    """Where the work runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if the cluster has a GPU, else cpu."""
+    actors: int | None = Field(None, gt=0)
+    """Embedding actors; none given: all the GPUs, or all the CPUs, that the cluster has."""
+    gpus_per_actor: float = Field(1.0, gt=0)
+    """Share of a GPU that an actor takes; 0.5 puts two actors on each."""
+    decode_threads: int = Field(2, gt=0)
+    """Threads per actor that decode and tokenise ahead of the model."""
+    torch_threads: int = Field(1, gt=0)
+    """CPU threads per actor for the model itself; CPUs that a CPU actor takes."""
+
+
+class Threshold(Part):
+    """A filter: keep the rows whose column lies in [at_least, at_most]."""
+
+    column: str
+    """`clip_score`, `width`, `height`, or a number among the pool's own fields, such as `json.punsafe`."""
+    at_least: float | None = None
+    at_most: float | None = None
+    nulls: Literal["drop", "keep"] = "drop"
+    """What happens to a row without a value; NaN is no value."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.column not in ("clip_score", "width", "height") and not self.column.startswith(JSON_PREFIX):
+            raise ValueError(f"column must be clip_score, width, height or json.NAME, got {self.column!r}")
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"threshold on {self.column!r} needs at_least or at_most")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least must not exceed at_most, got {self.at_least} > {self.at_most}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the account calls this step."""
+        low = f"{self.at_least:g} <= " if self.at_least is not None else ""
+        high = f" <= {self.at_most:g}" if self.at_most is not None else ""
+        return f"{low}{self.column}{high}"
+
+
+class Select(Part):
+    """A selector: rank the rows by a method's score and keep the top ones."""
+
+    method: dict[str, Any]
+    """{"name": a file in curation/methods, and the fields of its selector}."""
+    keep_fraction: float | None = Field(None, ge=0, le=1)
+    """Share of the rows that reach this step."""
+    keep: int | None = Field(None, ge=0)
+    """Number of rows."""
+    min_score: float | None = None
+    """Every row that scores at least this; a row without a score is not kept."""
+    ties: Literal["exact", "datacomp"] = "exact"
+    """exact: round(n * keep_fraction) rows, equal scores in the order of a hash of the uid. datacomp: every row that
+    scores at least the one of rank int(n * keep_fraction) from the top, as DataComp's baselines cut (ties included)."""
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> Self:
+        given = [name for name in ("keep_fraction", "keep", "min_score") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of keep_fraction, keep, min_score; got {given or 'none'}")
+        if self.ties == "datacomp" and self.keep_fraction is None:
+            raise ValueError("ties='datacomp' needs keep_fraction")
+        if not isinstance(self.selector(), PoolSelector):
+            raise ValueError(f"method {self.name!r} does not decide row by row, so it cannot select from a pool")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return str(self.method.get("name"))
+
+    def selector(self) -> Any:
+        """The method's selector. ValueError if it is unknown or a field does not fit."""
+        if "name" not in self.method:
+            raise ValueError(f'method must be {{"name": ..., fields}}, got {self.method}')
+        fields = {key: value for key, value in self.method.items() if key != "name"}
+        return load_selector(self.name, **fields)
+
+
+Step = Threshold | Select
+_STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
+
+
+def parse_steps(text: str) -> tuple[Step, ...]:
+    """A selection from its JSON: a list of filters and selectors. ValueError that says what does not fit."""
+    return _STEPS.validate_json(text)
+
+
+def _steps_text(steps: tuple[Step, ...]) -> list[str]:
+    return [json.dumps([step.model_dump(exclude_defaults=True) for step in steps])]
+
+
+StepsArgument = Annotated[
+    tuple[Step, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: parse_steps(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=_steps_text,
+    ),
+]
+
+
+class Write(Part):
+    """What is written of the kept set, besides the tables."""
+
+    tars: bool = True
+    """The kept samples as tars, their raw bytes untouched."""
+    samples_per_shard: int = Field(10_000, gt=0)
+
+
+class CurateRecipe(Part):
+    """A curation run: pool -> embeddings and scores -> a kept set and an account of every sample."""
+
+    name: str = "debug"
+    pool: Pool = Pool()
+    embed: Embed = Embed()
+    compute: Compute = Compute()
+    selection: StepsArgument = (Select(method={"name": "clip_score"}, keep_fraction=0.3),)
+    """Filters and selectors, applied in order, each to what the one before it left."""
+    write: Write = Write()
+    output: str = ""
+    """Folder or fsspec URL of the run."""
+    seed: int = Field(0, ge=0)
+    """Seed of every random choice of the selection."""
+    max_drop_fraction: float = Field(0.1, ge=0, le=1)
+    """The run fails when a larger share of what it read had to be dropped."""
+    format_version: Annotated[int, tyro.conf.Suppress] = FORMAT_VERSION
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version} is newer than this code's {FORMAT_VERSION}")
+        return self
+
+    def embedded_by(self, *, weights_digest: str, device: str, precision: str) -> dict[str, Any]:
+        """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""
+        pool = self.pool.model_dump(exclude={"shards", "verify"})
+        return {
+            **{f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()},
+            "embed.model": self.embed.model,
+            "embed.weights": weights_digest,
+            "embed.precision": precision,
+            "embed.resize": self.embed.resize,
+            "embed.batch_size": self.embed.batch_size,
+            "compute.device": device,
+            "compute.torch_threads": self.compute.torch_threads if device == "cpu" else None,
+        }

@@ -1,0 +1,128 @@
+"""`python -m jobs.curate RECIPE --pool.shards 'PATTERN' --output DIR`: a pool of shards becomes tables and a kept set.
+
+Exit code 0: every sample that was read is accounted for. 1: the run failed, and says why; what it committed stays, and
+the same command goes on from there. 2: the command or the recipe is wrong. 3: another run holds the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import tyro
+from pydantic import ValidationError
+
+from curation.data.lease import OutputInUse
+from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
+from curation.recipe import CurateRecipe
+from jobs.recipes import RECIPES, load_recipe
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE = 0, 1, 2, 3
+LINE_EVERY_S = 10.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("python -m jobs.curate", description=__doc__, add_help=False)
+    parser.add_argument("recipe", nargs="?", help=f"{', '.join(RECIPES)}, or a .json file")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+    known, rest = parser.parse_known_args(arguments)
+    if known.recipe is None:
+        print(f"usage: python -m jobs.curate RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(RECIPES)}, or a .json file; "
+              "python -m jobs.curate RECIPE --help lists the fields.", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        recipe = tyro.cli(
+            CurateRecipe, prog=f"python -m jobs.curate {known.recipe}", default=load_recipe(known.recipe), args=rest
+        )
+        if known.dry_run:
+            print_plan(recipe, make_plan(recipe))
+            return EXIT_OK
+        summary = curate(recipe, watch=Progress())
+    except OutputInUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_IN_USE
+    except (ValidationError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    print_summary(recipe, summary)
+    return EXIT_FAILED if summary.failures else EXIT_OK
+
+
+class Progress(Watch):
+    """One line that says how far the run is: renewed in place on a terminal, every 10 s in a log."""
+
+    def __init__(self) -> None:
+        self._total = self._done = self._images = 0
+        self._begun = self._printed = time.time()
+        self._in_place = sys.stderr.isatty()
+
+    def planned(self, plan: Plan) -> None:
+        """Say what is ahead."""
+        self._total, self._begun = len(plan.todo), time.time()
+        there = len(plan.pool) - len(plan.todo)
+        print(f"pool: {len(plan.pool):,} shards, {there:,} committed before, {self._total:,} to do", file=sys.stderr)
+        for url in plan.absent[:10]:
+            print(f"warning: {url} is named but not there", file=sys.stderr)
+
+    def committed(self, record: Record) -> None:
+        """Count a shard."""
+        self._done += 1
+        self._images += record.get("embedded", 0)
+        now = time.time()
+        if self._in_place or now - self._printed >= LINE_EVERY_S or self._done == self._total:
+            self._printed = now
+            seconds = now - self._begun
+            left = seconds / self._done * (self._total - self._done)
+            line = (
+                f"embed: {self._done:,}/{self._total:,} shards, {self._images:,} images, "
+                f"{self._images / seconds:,.0f} images/s, {left:,.0f} s left"
+            )
+            end = "\n" if self._done == self._total or not self._in_place else "\r"
+            print(f"{line:<78}", end=end, file=sys.stderr, flush=True)
+
+    def stage(self, name: str) -> None:
+        """Say which stage begins."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+
+
+def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
+    """What a run of this recipe would do."""
+    retired = sum(shard.retired for shard in plan.shards)
+    print(f"recipe {recipe.name}: {recipe.embed.model} on {recipe.compute.device}, output {recipe.output}")
+    print(f"pool: {len(plan.pool):,} shards; {len(plan.todo):,} to embed, {retired:,} retired, {len(plan.absent):,} absent")
+    for shard in plan.todo[:5]:
+        print(f"  embed  {shard.number:08d}  {shard.url}")
+    if len(plan.todo) > 5:
+        print(f"  ... and {len(plan.todo) - 5:,} more")
+    for step in recipe.selection:
+        print(f"  select {step.name}: {step.model_dump(exclude_defaults=True)}")
+    print(f"  write  {'tables and tars' if recipe.write.tars else 'tables'}")
+    print("dry run: nothing was touched")
+
+
+def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
+    """The account of a run, as a table; failures last, where they are seen."""
+    rows = [("read", summary.read), ("embedded", summary.embedded)]
+    rows += [(f"dropped {reason}", count) for reason, count in summary.dropped.items()]
+    rows += [(f"left out by {name}", before - after) for name, before, after in summary.waterfall]
+    rows += [("selected", summary.selected)] if summary.selected is not None else []
+    rows += [(f"warning {name}", count) for name, count in summary.warnings.items()]
+    rows += [(f"images/s {stage}", rate) for stage, rate in summary.images_per_second.items()]
+    width = max(len(name) for name, _ in rows)
+    print()
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value:>12,}")
+    if summary.bottleneck:
+        print(f"  {'bottleneck':<{width}}  {summary.bottleneck}")
+    print(f"  {'seconds':<{width}}  {summary.seconds:>12,.1f}")
+    for failure in summary.failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if not summary.failures:
+        print(f"\n{recipe.output}: selection/ has the kept set, samples/ the tables, README.md the card")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
