@@ -1,15 +1,15 @@
 """Image bytes -> a loaded PIL image or uint8 pixels, safely.
 
-The bytes are hostile until proven otherwise: only decoders on an explicit list are tried (no Ghostscript, no WMF, none of
-Pillow's stubs), the number of pixels is read from the header and checked before a pixel is decoded, embedded images whose
-size may differ from the header's are checked too, and every failure is an `ImageError` with a drop reason.
+The bytes are hostile until proven otherwise: only decoders on an explicit list are tried (no Ghostscript, no WMF, none
+of Pillow's stubs), the number of pixels is read from the header and checked before a pixel is decoded, embedded images
+whose size may differ from the header's are checked too, and every failure is an `ImageError` with a drop reason.
 
-What open_clip sees is what comes out: the first frame, no rotation by EXIF (open_clip does none; Pillow itself turns TIFF
-and AVIF), modes that Pillow resizes and converts well are passed on untouched. The others (16-bit, float, Lab,
-palette with alpha, premultiplied) would crash open_clip or come out black; they are converted to 8 bits first.
+What open_clip sees is what comes out: the first frame, no rotation by EXIF (open_clip does none; Pillow itself turns
+TIFF), and modes that Pillow resizes and converts well are passed on untouched. The others (16-bit, float, Lab, palette
+with alpha, premultiplied) would crash open_clip or come out black or white; they are brought to 8 bits first.
 
-Safe to call from threads: nothing global changes at call time. libtiff prints its complaints to stderr from C; that alone
-cannot be silenced from here.
+Safe to call from threads: nothing global changes at call time. libtiff prints its complaints to stderr from C; those
+alone cannot be silenced from here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMATS = (
 """What may be decoded, tried in this order. MPO is opened as JPEG."""
 
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 40)
-"""Above this Pillow itself refuses an image: the second line of defence, left as it is."""
+"""Above this Pillow itself refuses an image: a second line of defence, left as it is."""
 
 MAX_PYTHON_PIXELS = 1 << 22
 """Cap for formats that Pillow decodes in Python (QOI, BLP, plain PPM): 1 us per pixel, holding the GIL."""
@@ -43,15 +43,15 @@ MAX_ASPECT = 200
 """Longest side per shortest side. A resize of the shortest side to 224 makes a 1 x 1,000,000 image 50 Gpx."""
 
 PILLOW_ERRORS = (
-    # Pillow's own, and what its plugins raise on purpose.
-    *(OSError, SyntaxError, ValueError, EOFError, NotImplementedError, Image.DecompressionBombError),
+    # Pillow's own, and what its plugins raise on purpose; AVIF raises RuntimeError (RecursionError is one, too).
+    *(OSError, SyntaxError, ValueError, EOFError, NotImplementedError, RuntimeError, Image.DecompressionBombError),
     # What hostile bytes make plugins trip over: short reads, absent tags, odd types, huge numbers, zlib.
     *(struct.error, zlib.error, IndexError, KeyError, TypeError, AttributeError, AssertionError),
-    *(OverflowError, ZeroDivisionError, RecursionError),
-    # The C core raises it for impossible sizes. A real shortage at most drops a sample that the cap should have refused.
+    *(OverflowError, ZeroDivisionError),
+    # The C core raises it for impossible sizes. A real shortage drops an image that the cap should have refused.
     MemoryError,
 )
-"""Everything that Pillow was seen to raise on broken files, or that its source raises; nothing else is caught."""
+"""What Pillow raises on broken files, by its source and by fuzzing. Nothing else is caught."""
 
 _RESIZES_WELL = frozenset({"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA", "HSV"})
 _PLAIN_MODE = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
@@ -81,7 +81,7 @@ class Pixels(NamedTuple):
 
 
 def pixels(data: bytes, *, max_pixels: int, transform: Callable[[Image.Image], Image.Image]) -> Pixels:
-    """Decode, apply the model's resize and crop, convert to RGB: open_clip's order. ImageError if it cannot be decoded."""
+    """Decode, apply the model's resize and crop, convert to RGB: open_clip's order. ImageError if it is refused."""
     image = open_image(data, max_pixels=max_pixels)
     return Pixels(np.asarray(transform(image).convert("RGB")), *image.size)
 
@@ -114,13 +114,13 @@ def _open_header(data: bytes, *, max_pixels: int) -> Image.Image:
         raise ImageError("image:too_many_pixels")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        parts = _blp_sizes(data)
+        parts = [image.size, *_blp_sizes(data)]
         if isinstance(image, TiffImageFile):
             parts += [image._tile_size, (image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))]
         if isinstance(image, PsdImageFile):
-            _ = (
-                image.n_frames
-            )  # reads the layer table: a PSD is refused if that is broken, even where its picture is not
+            _ = image.n_frames  # reads the layer table: a PSD with a broken one is refused
+        num_pixels = max(width * height for width, height in parts)
+        is_too_large = num_pixels > max_pixels
     except UnidentifiedImageError as error:
         raise ImageError("image:unrecognized") from error
     except Image.DecompressionBombError as error:
@@ -128,24 +128,25 @@ def _open_header(data: bytes, *, max_pixels: int) -> Image.Image:
     except PILLOW_ERRORS as error:
         raise ImageError("image:bad_header") from error
     is_python = any(codec in Image.DECODERS for codec, *_ in getattr(image, "tile", ()))
-    limit = min(max_pixels, MAX_PYTHON_PIXELS) if is_python else max_pixels
-    if image.width * image.height > limit or any(width * height > max_pixels for width, height in parts):
+    if is_too_large or (is_python and image.width * image.height > MAX_PYTHON_PIXELS):
         raise ImageError("image:too_many_pixels", size=image.size)
     return image
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the first frame. One whose pixels were all decoded counts even if an animation chunk behind it is broken."""
+    """Decode the first frame. If all its pixels are there, a broken animation chunk behind them does no harm."""
     try:
         image.load()
     except SyntaxError:
-        if image.format != "PNG" or image.tile:  # type: ignore[attr-defined]
+        if image.format != "PNG" or getattr(image, "tile", None):
             raise
         image.load()
 
 
 def _to_plain_mode(image: Image.Image) -> Image.Image:
-    """The image itself if Pillow resizes its mode well, else its nearest 8-bit equivalent."""
+    """The image itself if Pillow resizes its mode well, else its 8-bit equivalent. ValueError if it has none."""
+    if image.im.mode != image.mode:  # broken palettes do this to GIFs; Pillow then fails at the first resize
+        raise ValueError(f"mode {image.mode} with pixels in mode {image.im.mode}")
     if image.mode in _RESIZES_WELL:
         return image
     if image.mode in _PLAIN_MODE:

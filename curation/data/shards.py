@@ -1,16 +1,18 @@
 """A shard -> its samples, each with its uid, bytes and caption, or the reason why it is dropped.
 
-Every sample that was begun is one row, in the order of the tar, so rows and reasons account for the whole file. Grouping
-is open_clip's (`tarfile_to_samples_nothrow`): a member's name is split at the first dot after the last slash into key and
-extension (lower-cased), adjacent members with the same key are one sample, and a repeated extension begins the next one.
+Every sample that was begun is one row, in the order of the tar, so rows and reasons account for the whole file.
+Grouping is open_clip's (`tarfile_to_samples_nothrow`): a member's name is split at the first dot after the last slash
+into key and extension (lower-cased), adjacent members with the same key are one sample, and a repeated extension begins
+the next one.
 
 No sample, and no break between the members of one: names without key or extension (directories, `.hidden`, AppleDouble
-`._x`), webdataset's meta members (`__x__`), `__MACOSX/`, and pickles (`.pyd`, `.pickle`, `.pkl`, `.pth`, `.pt`), whose bytes
-are never held. Members that no rule names are streamed past, so memory is bounded by one sample's image, caption and json.
+`._x`), webdataset's meta members (`__x__`), `__MACOSX/`, and pickles (`.pyd`, `.pickle`, `.pkl`, `.pth`, `.pt`), whose
+bytes are never held. Members that no rule names are streamed past, so memory is bounded by one sample's image, caption
+and json.
 
 Where the tar itself is damaged, the loss is charged to one row: to the sample around the damage if both sides belong to
-it, else to the one before or after it that lacks its image or caption, else to a row of its own with the key `@OFFSET`. Its
-other neighbours stay. An incomplete last sample of a tar without end marker is `tar:truncated`.
+it, else to the one before or after it that lacks its image or caption, else to a row of its own with the key `@OFFSET`.
+Other neighbours stay. An incomplete last sample of a tar without end marker is `tar:truncated`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -273,7 +274,7 @@ def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member's name: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None if it is no sample's."""
+    """Key and lower-case extension of a name: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None if it belongs to no sample."""
     base = name.rfind("/") + 1
     dot = name.find(".", base)
     extension = name[dot + 1 :].lower()

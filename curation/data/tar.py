@@ -1,28 +1,31 @@
 """A streaming tar reader that ends neither early nor silently, whatever the file holds.
 
-The standard library's `r|` mode stops without a word at many cuts and at the first damaged header. Here every member that
-was begun comes out, whole or with its problem, and a damaged header costs its own member only. Headers are parsed from
-1 MiB reads without a seek or a read per member; memory is bounded by one member that the caller wants plus one read.
+The standard library's `r|` mode stops without a word at many cuts and at the first damaged header. Here every member
+that was begun comes out, whole or with its problem, and a damaged header costs its own member only. Headers are parsed
+from 1 MiB reads without a seek or a read per member; memory is bounded by one wanted member plus one read.
 
-Formats: V7, ustar (prefix), GNU (`L`, `K`, base-256 sizes, old sparse), PAX (`x`, `g`, Solaris `X`: path, size, sparse).
+Formats: V7, ustar (prefix), GNU (`L`, `K`, base-256 sizes, old sparse), PAX (`x`, `g`, `X`: path, size, sparse).
 
 | the file holds | outcome |
 |---|---|
 | a regular file of at most `max_bytes(name)` bytes | `Member` with its data |
-| a larger one | `Member` with `data=None` and no problem; its bytes are streamed past |
-| a directory, link, device, fifo or unknown kind | no member; its bytes are streamed past, if it has any |
-| a sparse file | `Member`, problem `tar:sparse`, named, streamed past |
-| a header with a wrong checksum or no readable size | the next valid header is searched block by block; the region between is one `Member`, unnamed, problem `tar:corrupt_header`; so is an extension header that is damaged, malformed or above 1 MiB, together with the member whose name it holds, and an extension header that no member follows |
-| an end inside a header, an extension header or a member's data | `Member`, problem `tar:truncated`; named if the name was read |
-| zero bytes, or fewer than the two zero blocks and nothing else | one `Member`, unnamed, `tar:truncated` |
-| no valid header anywhere (a web page, a gzip) | one `Member`, unnamed, `tar:not_a_tar` |
-| no two zero blocks at the end, nothing cut (cut padding loses nothing) | warning `tar:no_end_marker` |
+| a larger one | `Member`, `data=None`, no problem; streamed past |
+| a directory, link, device, fifo, unknown kind | no member; streamed past |
+| a sparse file | `Member`, `tar:sparse`, named; streamed past |
+| a header with a wrong checksum or size | one unnamed `Member`, `tar:corrupt_header`, up to the next valid header |
+| a damaged, malformed or > 1 MiB extension header | the same, together with the member whose name it holds |
+| an extension header that no member follows | the same |
+| an end inside a header or a member's data | `Member`, `tar:truncated`, named if the name was read; the last one |
+| nothing, or less than two zero blocks only | one unnamed `Member`, `tar:truncated` |
+| no valid header anywhere (a web page, a gzip) | one unnamed `Member`, `tar:not_a_tar` |
+| no two zero blocks at the end, no data cut | warning `tar:no_end_marker` |
 | one zero block between members | warning `tar:lone_zero_block`; reading goes on, as in GNU tar |
-| members after the end marker (`cat a.tar b.tar`) | they are read; warning `tar:data_after_end`, also for anything else there |
-| the file object raises | the exception propagates: storage errors are not damaged data |
+| members behind the end marker (`cat a.tar b.tar`) | they are read; warning `tar:data_after_end` |
+| anything else but zeros there | warning `tar:data_after_end` |
+| an error of the file object | it propagates: storage errors are not damaged data |
 
-The search for the next header sees a tar that lies inside a damaged member; its members then come out as if they were ours.
-A size that a *valid* header declares is believed: one beyond the end of the file is one `tar:truncated`.
+The next valid header is searched in steps of 512 bytes. If a damaged member holds a tar, that tar's members come out as
+if they were ours. A size that a *valid* header declares is believed: one beyond the end of the file is one truncation.
 """
 
 from __future__ import annotations
@@ -171,7 +174,8 @@ class TarReader:
         elif is_rest and not found and not _may_begin_a_tar(block):
             yield Member("", here, 0, None, "tar:not_a_tar")
         elif is_rest or extension is not None or (not found and zeros < 2):
-            yield Member("", extension.offset if extension else here, 0, None, "tar:truncated")
+            lost = extension.offset if extension else here if found else self._start
+            yield Member("", lost, 0, None, "tar:truncated")
         elif zeros < 2:
             self.warnings["tar:no_end_marker"] = 1
 

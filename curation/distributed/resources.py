@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -37,10 +40,11 @@ def cluster(compute: Compute) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
-    else:
-        _start_local(compute)
+    with _quiet_start():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.ERROR)
+        else:
+            _start_local(compute)
     try:
         yield
     finally:
@@ -48,6 +52,10 @@ def cluster(compute: Compute) -> Iterator[None]:
 
 
 def _start_local(compute: Compute) -> None:
+    # With a token at hand and no mode set, ray.init turns token authentication on; without one it would leave a token of
+    # its own in the home folder. Setting the mode here would come too late: Ray reads it when it is imported.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus = len(os.sched_getaffinity(0))
     wanted = (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
     ray.init(
@@ -57,6 +65,28 @@ def _start_local(compute: Compute) -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Ray's C++ logs off but for fatal errors, without the line by which they say so; on an error all of it is shown.
+
+    At its usual level each pool of actors begins with an error line about a restart that our actors survive.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(screen, said.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
 
 
 def _quieten() -> None:

@@ -1,0 +1,310 @@
+"""Hostile and odd images: everything decodes to RGB or is refused with a reason, and ordinary ones are open_clip's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curation.data import images
+from curation.data.images import MAX_PYTHON_PIXELS, PILLOW_MAX_PIXELS, ImageError, open_image, pixels
+from curation.data.shards import DROP_REASONS, ReadRules, ShardReader
+
+MAX_PIXELS = 50_000_000
+
+
+def resize_and_crop(image: Image.Image) -> Image.Image:
+    """As open_clip does it for a square model: the shortest side to 64, then the centre."""
+    scale = 64 / min(image.size)
+    width, height = (max(64, int(side * scale)) for side in image.size)
+    left, top = round((width - 64) / 2), round((height - 64) / 2)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
+
+
+def saved(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (80, 60)) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def refusal(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageError:
+    with pytest.raises(ImageError, match="image:") as caught:
+        open_image(data, max_pixels=max_pixels)
+    assert caught.value.reason in DROP_REASONS
+    return caught.value
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG whose header declares a size and whose pixels are missing."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+
+
+def test_bad_input_decodes_or_is_refused_as_its_manifest_says(real_data: Path):
+    with open(real_data / "bad-input/manifest.csv", newline="") as lines:
+        manifest = {row["key"]: row for row in csv.DictReader(lines)}
+    with open(real_data / "bad-input/00000.tar", "rb") as raw:
+        samples = list(ShardReader(raw, url="bad-input/00000.tar", rules=ReadRules()))
+    assert [sample.key for sample in samples] == list(manifest)
+    num_decoded = 0
+    for sample in samples:
+        row = manifest[sample.key]
+        assert sample.image is not None
+        if row["result"] == "decodes":
+            decoded = pixels(sample.image, max_pixels=MAX_PIXELS, transform=resize_and_crop)
+            assert (decoded.pixels.shape, decoded.pixels.dtype) == ((64, 64, 3), np.uint8)
+            assert [str(decoded.width), str(decoded.height)] == [row["width"], row["height"]]
+            num_decoded += 1
+        else:
+            reason = refusal(sample.image).reason
+            if "DecompressionBomb" in row["result"] + row["warnings"]:
+                assert reason in ("image:too_many_pixels", "image:extreme_aspect")
+            if "Unidentified" in row["result"]:
+                assert reason == "image:unrecognized"
+    assert num_decoded == 92
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format", "options"),
+    [
+        ("RGB", "PNG", {}),
+        ("RGB", "PNG", {"transparency": (1, 2, 3)}),
+        ("RGBA", "PNG", {}),
+        ("L", "PNG", {"transparency": 3}),
+        ("LA", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}),
+        ("P", "GIF", {"transparency": 3}),
+        ("1", "PNG", {}),
+        ("RGB", "JPEG", {"quality": 90}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("YCbCr", "TIFF", {}),
+        ("RGB", "WEBP", {}),
+        ("RGBA", "WEBP", {"lossless": True}),
+        ("RGB", "AVIF", {}),
+    ],
+)
+def test_ordinary_modes_give_exactly_the_pixels_of_open_clips_order(mode, image_format, options):
+    data = saved(picture(mode), image_format, **options)
+    expected = np.asarray(resize_and_crop(Image.open(io.BytesIO(data))).convert("RGB"))
+    decoded = pixels(data, max_pixels=MAX_PIXELS, transform=resize_and_crop)
+    assert np.array_equal(decoded.pixels, expected)
+    assert (decoded.width, decoded.height) == (80, 60)
+
+
+def test_pixels_equal_open_clips_own_transform():
+    from open_clip.transform import image_transform
+    from torchvision.transforms import Compose
+
+    steps = image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1)).transforms
+    data = saved(picture(size=(123, 77)), "JPEG")
+    theirs = Compose(steps[:-1])(Image.open(io.BytesIO(data)))  # all but the normalisation
+    ours = pixels(data, max_pixels=MAX_PIXELS, transform=Compose(steps[:2])).pixels
+    assert np.array_equal(ours, (theirs.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def test_the_first_frame_is_taken_and_exif_does_not_turn_it():
+    frames = [Image.new("RGB", (4, 2), color) for color in ("red", "blue")]
+    animated = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert open_image(animated, max_pixels=99).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(saved(frames[0], "JPEG", exif=exif), max_pixels=99).size == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("grey", "expected"),
+    [
+        (np.array([[0, 257, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[0, 500_000, 1_000_000]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[0, 2, 255]], np.float32), [0, 2, 255]),
+        (np.array([[0, 257, 65535]], np.float32), [0, 1, 255]),
+        (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
+        (np.array([[np.nan, np.inf, 1]], np.float32), [0, 0, 255]),
+        (np.array([[np.nan, np.nan, -np.inf]], np.float32), [0, 0, 0]),
+        (np.array([[-5, -5, -5]], np.float32), [0, 0, 0]),
+    ],
+)
+def test_deep_grey_is_scaled_to_8_bits_instead_of_clipped(grey, expected):
+    image = open_image(saved(Image.fromarray(grey), "TIFF"), max_pixels=99)
+    assert (image.mode, np.asarray(image)[0].tolist()) == ("L", expected)
+
+
+def test_lab_and_palettes_with_alpha_become_rgb():
+    lab = Image.merge("LAB", [Image.new("L", (2, 2), value) for value in (128, 156, 0)])  # L 50, a -100, b 0
+    red, green, blue = np.asarray(open_image(saved(lab, "TIFF"), max_pixels=99).convert("RGB"))[0, 0].tolist()
+    assert (red, green > 140, blue > 100) == (0, True, True)
+    assert images._to_plain_mode(picture("RGBA").convert("RGBa")).mode == "RGBA"
+    assert images._to_plain_mode(picture("LA").convert("La")).mode == "LA"
+    assert images._to_plain_mode(picture("LA").convert("PA")).mode == "RGBA"
+
+
+def test_a_mode_without_conversion_is_refused_not_guessed():
+    image = picture()
+    image._mode = "XYZ"
+    with pytest.raises(ValueError, match="mode XYZ with pixels in mode RGB"):
+        images._to_plain_mode(image)
+
+
+def test_more_pixels_than_the_cap_are_refused_from_the_header_alone():
+    error = refusal(png_header(50_000, 40_000))
+    assert error.reason == "image:too_many_pixels"
+    error = refusal(png_header(101, 100), max_pixels=10_000)
+    assert (error.reason, error.width, error.height) == ("image:too_many_pixels", 101, 100)
+    assert open_image(saved(picture(size=(100, 100)), "PNG"), max_pixels=10_000).size == (100, 100)
+
+
+@pytest.mark.parametrize("max_pixels", [0, -1, PILLOW_MAX_PIXELS + 1])
+def test_a_cap_that_pillow_would_undercut_is_refused(max_pixels):
+    with pytest.raises(ValueError, match="max_pixels must be in"):
+        open_image(b"", max_pixels=max_pixels)
+
+
+def icon(body: bytes) -> bytes:
+    """A 16 x 16 icon, by its directory."""
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(body), 22) + body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        png_header(9000, 9000),
+        struct.pack("<IiiHHIIiiII", 40, 9000, 18000, 1, 32, 0, 0, 0, 0, 0, 0),
+        struct.pack("<IiiHHIIiiII", 40, 9000, -18000, 1, 32, 0, 0, 0, 0, 0, 0),
+        struct.pack("<IHHHH", 12, 9000, 9000, 1, 24) + bytes(12),
+    ],
+    ids=["png", "dib", "dib upside down", "os2 dib"],
+)
+def test_an_image_in_an_icon_is_measured_by_its_own_header(body):
+    assert refusal(icon(body)).reason == "image:too_many_pixels"
+
+
+def test_icons_that_hold_what_they_say_decode_and_broken_ones_are_refused():
+    assert open_image(icon(saved(picture("RGBA", (16, 16)), "PNG")), max_pixels=256).size == (16, 16)
+    assert refusal(b"\0\0\1\0").reason.startswith("image:")
+    assert refusal(icon(b"")).reason.startswith("image:")
+
+
+def blp(jpeg: bytes, *, size: tuple[int, int]) -> bytes:
+    """A BLP1 file with a JPEG inside."""
+    head = b"BLP1" + struct.pack("<IIIIII", 0, 0, *size, 5, 0)
+    tables = struct.pack("<16I", 160, *[0] * 15) + struct.pack("<16I", len(jpeg), *[0] * 15)
+    return head + tables + struct.pack("<I", 0) + jpeg
+
+
+def test_a_jpeg_in_a_blp_is_measured_by_its_own_header():
+    jpeg = saved(picture(size=(200, 200)), "JPEG")
+    assert refusal(blp(jpeg, size=(8, 8)), max_pixels=39_999).reason == "image:too_many_pixels"
+    assert open_image(blp(jpeg, size=(200, 200)), max_pixels=40_000).size == (200, 200)
+
+
+def test_tiles_larger_than_their_image_are_measured():
+    data = bytearray(saved(picture("L", (16, 16)), "TIFF"))
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: 256}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<I", 264) + bytes(256) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert refusal(data).reason == "image:too_many_pixels"
+
+
+def test_formats_that_pillow_decodes_in_python_have_a_cap_of_their_own():
+    side = int(MAX_PYTHON_PIXELS**0.5) + 1
+    qoi = b"qoif" + struct.pack(">IIBB", side, side, 3, 0)
+    assert refusal(qoi).reason == "image:too_many_pixels"
+    assert open_image(saved(picture(), "QOI"), max_pixels=MAX_PIXELS).size == (80, 60)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201)])
+def test_extreme_shapes_are_refused_before_a_resize_makes_them_huge(size):
+    error = refusal(saved(Image.new("L", size), "PNG"))
+    assert (error.reason, error.width, error.height) == ("image:extreme_aspect", *size)
+    assert open_image(saved(Image.new("L", (200, 1)), "PNG"), max_pixels=200).size == (200, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "image:unrecognized"),
+        (b"<html>not found</html>", "image:unrecognized"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image:unrecognized"),
+        (png_header(0, 5), "image:unrecognized"),
+        (b"BM" + bytes(60), "image:bad_header"),
+        (saved(picture(), "JPEG")[:800], "image:decode_failed"),
+        (saved(picture(), "PNG")[:-99], "image:decode_failed"),
+        (png_header(5, 5), "image:decode_failed"),
+        (b"\0\0\0\x1cftypavif" + bytes(100), "image:bad_header"),
+    ],
+)
+def test_what_cannot_be_decoded_has_a_reason(data, reason):
+    assert refusal(data).reason == reason
+
+
+def test_a_failure_after_opening_still_tells_the_stored_size():
+    error = refusal(saved(picture(), "PNG")[:-99])
+    assert (error.width, error.height) == (80, 60)
+
+
+def test_a_bomb_that_only_the_decoder_sees_is_too_many_pixels(monkeypatch):
+    def load(_: Image.Image) -> None:
+        raise Image.DecompressionBombError("inside")
+
+    monkeypatch.setattr(images, "_load", load)
+    assert refusal(saved(picture(), "PNG")).reason == "image:too_many_pixels"
+
+
+def test_an_error_of_the_transform_is_ours_and_propagates():
+    def transform(image: Image.Image) -> Image.Image:
+        raise TypeError("a defect")
+
+    with pytest.raises(TypeError, match="a defect"):
+        pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, transform=transform)
+
+
+def test_any_damaged_byte_of_an_image_decodes_or_is_refused():
+    rng = np.random.default_rng(0)
+    for image_format in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "ICO", "JPEG2000", "TGA", "PPM", "SGI"):
+        whole = saved(picture(size=(24, 24)), image_format)
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for offset in rng.integers(0, min(len(whole), 400), rng.integers(1, 5)):
+                damaged[offset] = rng.integers(0, 256)
+            try:
+                pixels(bytes(damaged), max_pixels=1_000_000, transform=resize_and_crop)
+            except ImageError as error:
+                assert error.reason in DROP_REASONS
+
+
+def test_odd_images_leave_no_word_on_python_s_side(real_data: Path):
+    """In a fresh interpreter, since pytest has its own filters. libtiff's lines come from C."""
+    code = f"""
+import sys
+from curation.data.images import ImageError, open_image
+from curation.data.shards import ReadRules, ShardReader
+with open({str(real_data / "bad-input/00000.tar")!r}, "rb") as raw:
+    for sample in ShardReader(raw, url="bad-input/00000.tar", rules=ReadRules()):
+        try:
+            open_image(sample.image, max_pixels=50_000_000)
+        except ImageError:
+            pass
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not [line for line in run.stderr.splitlines() if "Warning" in line or "More samples" in line]
