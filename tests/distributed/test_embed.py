@@ -1,0 +1,214 @@
+"""The embedding actor without Ray: what it commits equals a plain loop, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from curation.data import storage
+from curation.data.shards import ReadRules, ShardReader
+from curation.distributed.embed import EmbedSpec, ShardEmbed
+from curation.models.clip import Towers, load_towers
+
+BATCH = 8
+RULES = ReadRules()
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    return load_towers("nano", seed=0)
+
+
+@pytest.fixture
+def embed(towers: Towers, tmp_path: Path) -> Callable[..., ShardEmbed]:
+    def make(*, with_towers: Any = towers, **changes: Any) -> ShardEmbed:
+        spec = EmbedSpec(
+            output=str(tmp_path / "out"),
+            model="nano",
+            pretrained=None,
+            checkpoint=None,
+            seed=0,
+            precision="float32",
+            device="cpu",
+            batch_size=BATCH,
+            decode_threads=2,
+            torch_threads=1,
+            max_pixels=90_000_000,
+            rules=RULES,
+            made_by={"test": True},
+        )
+        return ShardEmbed(dataclasses.replace(spec, **changes), towers=with_towers)
+
+    return make
+
+
+def call(embed: ShardEmbed, url: str, *, number: int = 0) -> dict[str, Any]:
+    row = {"number": np.array([number]), "url": np.array([url]), "fingerprint": np.array([storage.fingerprint(url)])}
+    return json.loads(embed(row)["record"][0])
+
+
+def test_embeddings_and_scores_equal_a_plain_open_clip_loop(
+    embed: Callable[..., ShardEmbed], towers: Towers, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", count=BATCH + 5, broken=[3])
+    record = call(embed(), str(shard))
+    assert (record["read"], record["embedded"], record["decoded"]) == (13, 12, 13)
+    table = pq.read_table(tmp_path / "out" / "samples" / "00000000.parquet")
+    ok = [row for row in table.to_pylist() if row["status"] == "ok"]
+
+    clip = towers.network.clip
+    transform = open_clip.image_transform(towers.image_size, is_train=False)
+    with open(shard, "rb") as raw, torch.inference_mode():
+        samples = [s for s in ShardReader(raw, url=str(shard), rules=RULES) if s.row != 3]
+        images = torch.stack([transform(Image.open(io.BytesIO(s.image or b""))) for s in samples])  # pyright: ignore
+        image_ND = F.normalize(clip.encode_image(images), dim=-1)  # pyright: ignore[reportCallIssue]
+        text_ND = F.normalize(clip.encode_text(towers.tokenize([s.caption or "" for s in samples])), dim=-1)  # pyright: ignore
+    np.testing.assert_allclose(np.stack([row["image_embedding"] for row in ok]), image_ND.numpy(), atol=1e-3)
+    np.testing.assert_allclose(np.stack([row["text_embedding"] for row in ok]), text_ND.numpy(), atol=1e-3)
+    np.testing.assert_allclose([row["clip_score"] for row in ok], (image_ND * text_ND).sum(-1).numpy(), atol=1e-5)
+
+
+def test_a_rows_embedding_does_not_depend_on_how_many_rows_its_shard_has(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    call(embed(), str(write_shard(tmp_path / "three.tar", count=3)), number=0)
+    call(embed(), str(write_shard(tmp_path / "one.tar", count=1)), number=1)
+    three, one = (pq.read_table(tmp_path / "out" / "samples" / f"{n:08d}.parquet").to_pylist()[0] for n in (0, 1))
+    assert three["image_embedding"] == one["image_embedding"] and three["clip_score"] == one["clip_score"]
+
+
+@pytest.mark.parametrize("decode_threads", [1, 5])
+def test_decode_threads_do_not_change_a_byte(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path, decode_threads: int
+) -> None:
+    shard = str(write_shard(tmp_path / "a.tar", count=30, broken=[2]))
+    call(embed(), shard)
+    call(embed(output=str(tmp_path / "other"), decode_threads=decode_threads), shard)
+    name = "samples/00000000.parquet"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+@pytest.mark.parametrize("count, broken", [(0, []), (2, [0, 1])])
+def test_a_shard_with_nothing_to_embed_is_committed(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path, count: int, broken: list[int]
+) -> None:
+    record = call(embed(), str(write_shard(tmp_path / "a.tar", count=count, broken=broken)))
+    assert (record["read"], record["embedded"]) == (count, 0)
+    assert pq.read_table(tmp_path / "out" / "samples" / "00000000.parquet").num_rows == count
+    assert (tmp_path / "out" / "manifest" / "embed" / "00000000.json").exists()
+
+
+class OutOfMemoryAbove:
+    """Towers that run out of GPU memory when a batch has more rows than `limit`."""
+
+    def __init__(self, towers: Towers, *, limit: int):
+        self._towers, self._limit = towers, limit
+        self.shapes: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._towers, name)
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > self._limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.shapes.add(len(pixels))
+        return self._towers.embed_images(pixels)
+
+
+def test_out_of_gpu_memory_halves_the_batch_keeps_every_row_and_is_noted(
+    embed: Callable[..., ShardEmbed], towers: Towers, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    starved = OutOfMemoryAbove(towers, limit=3)
+    record = call(embed(with_towers=starved), str(write_shard(tmp_path / "a.tar", count=11)))
+    assert (record["embedded"], record["batch_size"], record["warnings"]) == (11, 2, {"gpu:batch_halved": 4})
+    assert starved.shapes == {2}
+    manifest = json.loads((tmp_path / "out" / "manifest" / "embed" / "00000000.json").read_text())
+    assert manifest["batch_size"] == 2
+
+
+def test_out_of_gpu_memory_at_one_row_is_an_error(
+    embed: Callable[..., ShardEmbed], towers: Towers, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        call(embed(with_towers=OutOfMemoryAbove(towers, limit=0)), str(write_shard(tmp_path / "a.tar", count=2)))
+
+
+def test_a_shard_edited_while_it_is_read_is_pending_not_committed(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", count=3)
+    row = {"number": np.array([0]), "url": np.array([str(shard)]), "fingerprint": np.array(["listed:before"])}
+    record = json.loads(embed()(row)["record"][0])
+    assert "changed while it was read" in record["pending"]
+    assert not (tmp_path / "out").exists()
+
+
+class BreaksAfter(io.RawIOBase):
+    """A file whose store fails after `good` bytes."""
+
+    def __init__(self, raw: BinaryIO, *, good: int):
+        self._raw, self._good = raw, good
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._raw.tell() >= self._good:
+            raise ConnectionResetError("the store hung up")
+        data = self._raw.read(min(len(buffer), 512))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def test_a_storage_error_in_the_middle_leaves_the_shard_pending_and_no_thread_behind(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    shard = write_shard(tmp_path / "a.tar", count=40)
+    before = threading.active_count()
+    monkeypatch.setattr(storage, "open_read", lambda url: io.BufferedReader(BreaksAfter(open(url, "rb"), good=30_000)))
+    record = call(embed(), str(shard))
+    assert record["pending"] == "ConnectionResetError: the store hung up"
+    assert threading.active_count() == before
+
+
+def test_a_shard_in_memory_is_read_as_one_on_disk(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", count=4)
+    with fsspec.open("memory://pool/a.tar", "wb") as file:
+        file.write(shard.read_bytes())
+    record = call(embed(), "memory://pool/a.tar")
+    assert (record["embedded"], record["bytes"]) == (4, shard.stat().st_size)
+
+
+def test_the_manifest_holds_the_sha256_of_the_shards_bytes(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", count=4)
+    assert call(embed(), str(shard))["sha256"] == storage.sha256_of(str(shard))
+
+
+def test_no_member_name_reaches_the_file_system(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "pool" / "a.tar", count=1)
+    data = shard.read_bytes().replace(b"000000000.", b"../../up.\0")
+    assert b"../../up" in data
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    call(embed(), str(shard))
+    assert {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts} == before
