@@ -46,6 +46,15 @@ def commit(output: str, stage: str, number: int, record: Mapping[str, Any], *, m
     storage.write_bytes(url_of(output, stage, number), json.dumps(whole, indent=1).encode())
 
 
+def find(output: str, stage: str, number: int, *, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a piece that is committed and was made by `made_by`; None otherwise."""
+    try:
+        record = read(url_of(output, stage, number))
+    except FileNotFoundError:
+        return None
+    return record if record["key"] == digest(made_by) else None
+
+
 def committed(output: str, stage: str) -> dict[int, dict[str, Any]]:
     """The records of all committed pieces of a stage, by shard number. ValueError on a newer format."""
     names = [name for name in storage.names_in(storage.join(output, "manifest", stage)) if name.endswith(".json")]

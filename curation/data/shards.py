@@ -79,7 +79,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRules:
-    """Which members make a sample, and how large they may be. Extensions are in lower case, without a leading dot."""
+    """Which members make a sample, and how large they may be. Extensions are lower case, without a dot around them."""
 
     caption_field: str = "txt"
     """An extension, or `json.NAME` for a field of the json."""
@@ -94,9 +94,9 @@ class ReadRules:
         if not self.image_fields:
             raise ValueError("image_fields must name at least one extension, got none")
         for extension in (*self.image_fields, *([] if self.json_caption else [self.caption_field])):
-            if not extension or extension != extension.lower() or extension.startswith(".") or "/" in extension:
+            if not extension or extension != extension.lower() or extension.strip(".") != extension or "/" in extension:
                 raise ValueError(
-                    f"image_fields and caption_field must be lower-case extensions without a leading dot "
+                    f"image_fields and caption_field must be lower-case extensions without a dot around them "
                     f"(caption_field also json.NAME), got {extension!r}"
                 )
         for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields"):

@@ -87,14 +87,15 @@ class ShardEmbed:
         """
         number, url = int(batch["number"][0]), str(batch["url"][0])
         try:
-            record = self.commit(number, url, str(batch["fingerprint"][0]))
+            # A worker that died between its commit and its answer is retried: what it committed is not done again.
+            record = manifest.find(self._spec.output, STAGE, number, made_by=self._spec.made_by)
+            record = record or self.commit(number, url, str(batch["fingerprint"][0]))
         except OSError as error:
             record = {"shard": number, "url": url, "pending": f"{type(error).__name__}: {error}"}
         return {"record": [json.dumps(record)]}
 
     def commit(self, number: int, url: str, fingerprint: str) -> dict[str, Any]:
         """Embed one shard, write its table and its manifest. OSError if it cannot be read, or changed meanwhile."""
-        begun = time.time()
         spec = self._spec
         piece = _Piece(self._towers.embedding_dim)
         with storage.open_read(url) as raw, ThreadPoolExecutor(spec.decode_threads, "decode") as pool:
@@ -125,7 +126,7 @@ class ShardEmbed:
         if self._batch_size < spec.batch_size:
             record["warnings"]["gpu:batch_halved"] = spec.batch_size // self._batch_size
         manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
-        return {**record, "begun": begun, "batch_ends": piece.batch_ends}
+        return {**record, "batch_ends": piece.batch_ends}
 
     def _decode(self, sample: Sample) -> Decoded:
         begun = time.perf_counter()

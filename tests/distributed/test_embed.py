@@ -212,3 +212,15 @@ def test_no_member_name_reaches_the_file_system(
     before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
     call(embed(), str(shard))
     assert {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts} == before
+
+
+def test_a_committed_shard_is_not_done_again(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = str(write_shard(tmp_path / "a.tar", count=4))
+    first = call(embed(), shard)
+    table = tmp_path / "out" / "samples" / "00000000.parquet"
+    written = table.stat().st_mtime_ns
+    again = call(embed(), shard)
+    assert table.stat().st_mtime_ns == written
+    assert again["sha256"] == first["sha256"] and again["embedded"] == 4

@@ -1,0 +1,126 @@
+"""kill -9 at random moments, then the same command: the same bytes as a run that was never stopped, nothing done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SHARDS, SAMPLES = 6, 60
+REPEATS = 2
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, write_shard: Callable[..., Path]) -> Path:
+    root = tmp_path_factory.mktemp("kill-pool")
+    for number in range(SHARDS):
+        write_shard(root / f"{number:05d}.tar", count=SAMPLES, seed=number, broken=[number])
+    return root
+
+
+def command(pool: Path, output: Path, *, actors: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "jobs.curate", "debug", "--pool.shards", str(pool), "--output", str(output)),
+        *("--compute.actors", str(actors), "--compute.decode-threads", "1", "--write.samples-per-shard", "40"),
+    ]
+
+
+def start(pool: Path, output: Path, *, actors: int) -> subprocess.Popen[str]:
+    # A session of its own, so that what is left of a killed run can be ended, and nothing else.
+    return subprocess.Popen(
+        command(pool, output, actors=actors),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(pool: Path, output: Path, *, actors: int) -> None:
+    process = start(pool, output, actors=actors)
+    said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, said
+
+
+def results(output: Path) -> dict[str, str]:
+    files = [p for folder in ("samples", "selection", "shards") for p in (output / folder).rglob("*") if p.is_file()]
+    return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def committed(output: Path) -> dict[str, int]:
+    """Committed pieces and when each was."""
+    folder = output / "manifest" / "embed"
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} if folder.exists() else {}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    begun = time.monotonic()
+    while not condition():
+        assert process.poll() is None, f"the run ended first: {process.communicate()[0]}"
+        assert time.monotonic() - begun < TIMEOUT_S
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return found + [below for child in found for below in descendants(child)]
+
+
+def actors_of(pid: int) -> list[int]:
+    """Processes of embedding actors below a driver."""
+    alive = [child for child in descendants(pid) if Path(f"/proc/{child}/cmdline").exists()]
+    return [child for child in alive if b"ShardEmbed" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def unstopped(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("unstopped")
+    finish(pool, output, actors=1)
+    return results(output)
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_killed_driver_is_resumed_to_the_same_bytes_and_nothing_committed_is_redone(
+    pool: Path, unstopped: dict[str, str], tmp_path: Path, actors: int
+) -> None:
+    moments = random.Random(actors)
+    for repeat in range(REPEATS):
+        process = start(pool, tmp_path, actors=actors)
+        enough = 1 + repeat * 2
+        wait_for(lambda enough=enough: len(committed(tmp_path)) >= enough, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    before = committed(tmp_path)
+    assert before
+    finish(pool, tmp_path, actors=actors)
+    assert before.items() <= committed(tmp_path).items()
+    assert results(tmp_path) == unstopped
+    assert not list(tmp_path.rglob("*.tmp")) or all(path.name.startswith(".") for path in tmp_path.rglob("*.tmp"))
+
+
+def test_a_killed_actor_costs_nothing_but_time(pool: Path, unstopped: dict[str, str], tmp_path: Path) -> None:
+    process = start(pool, tmp_path, actors=2)
+    wait_for(lambda: len(committed(tmp_path)) >= 1 and bool(actors_of(process.pid)), process)
+    victim = actors_of(process.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    before = committed(tmp_path)
+    said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, said
+    assert before.items() <= committed(tmp_path).items()
+    assert results(tmp_path) == unstopped
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["read"] == SHARDS * SAMPLES == summary["embedded"] + sum(summary["dropped"].values())
