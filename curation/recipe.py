@@ -1,11 +1,12 @@
 """What a run is: frozen, validated models. Nothing else configures a run, and a saved recipe runs it again.
 
-Unknown names and values out of bounds are errors that name the field. A recipe round-trips through JSON; every run saves
-its own, resolved, in its output.
+Unknown names and values out of bounds are errors that name the field. A recipe round-trips through JSON; every run
+saves its own, resolved, in its output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated, Any, Literal, Self
 
@@ -36,37 +37,42 @@ class Pool(Part):
     """Extension of the member that holds the caption, or json.NAME for a field of the json."""
     image_fields: tuple[str, ...] = _READ.image_fields
     """Extensions of the member that holds the image; the first that is present wins."""
-    max_image_bytes: int = Field(_READ.max_image_bytes, gt=0)
+    max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
     """A larger image member is dropped unread."""
-    max_caption_bytes: int = Field(_READ.max_caption_bytes, gt=0)
-    max_json_bytes: int = Field(_READ.max_json_bytes, gt=0)
-    max_json_fields: int = Field(_READ.max_json_fields, ge=0)
-    max_pixels: int = Field(90_000_000, gt=0)
+    max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)
+    max_json_bytes: int = Field(default=_READ.max_json_bytes, gt=0)
+    max_json_fields: int = Field(default=_READ.max_json_fields, gt=0)
+    max_pixels: int = Field(default=90_000_000, gt=0)
     """An image whose header says more is dropped before it is decoded."""
     verify: Literal["fingerprint", "content"] = "fingerprint"
     """What tells that a shard was edited since it was read: size and mtime (or etag), or the sha256 of its bytes."""
 
+    @model_validator(mode="after")
+    def _can_be_read_by(self) -> Self:
+        self.read_rules()
+        return self
+
     def read_rules(self) -> ReadRules:
         """The reader's part of these fields."""
-        return ReadRules(**{name: getattr(self, name) for name in ReadRules.__dataclass_fields__})
+        return ReadRules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ReadRules)})
 
 
 class Embed(Part):
     """The model that embeds the pool."""
 
-    model: str = "ViT-B-32"
+    model: str = Field(default="ViT-B-32", min_length=1)
     """An open_clip model, or `nano`, a small model of the same build for CPUs."""
-    pretrained: str | None = None
+    pretrained: str | None = Field(default=None, min_length=1)
     """open_clip's tag of pretrained weights, such as laion2b_s34b_b79k."""
-    checkpoint: str | None = None
+    checkpoint: str | None = Field(default=None, min_length=1)
     """A local checkpoint instead; a state dict that fits the model."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of random weights, when neither tag nor checkpoint is given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     resize: Literal["exact"] = "exact"
     """exact: the model's own open_clip transform."""
-    batch_size: int = Field(128, gt=0)
+    batch_size: int = Field(default=128, gt=0)
     """Rows per forward pass; a batch never crosses a shard, and the last one is padded."""
 
     @model_validator(mode="after")
@@ -81,14 +87,20 @@ class Compute(Part):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if the cluster has a GPU, else cpu."""
-    actors: int | None = Field(None, gt=0)
+    actors: int | None = Field(default=None, gt=0)
     """Embedding actors; none given: all the GPUs, or all the CPUs, that the cluster has."""
-    gpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(default=1.0, gt=0)
     """Share of a GPU that an actor takes; 0.5 puts two actors on each."""
-    decode_threads: int = Field(2, gt=0)
+    decode_threads: int = Field(default=2, gt=0)
     """Threads per actor that decode and tokenise ahead of the model."""
-    torch_threads: int = Field(1, gt=0)
+    torch_threads: int = Field(default=1, gt=0)
     """CPU threads per actor for the model itself; CPUs that a CPU actor takes."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError(f"gpus_per_actor must be at most 1, or whole, got {self.gpus_per_actor}")
+        return self
 
 
 class Threshold(Part):
@@ -124,9 +136,9 @@ class Select(Part):
 
     method: dict[str, Any]
     """{"name": a file in curation/methods, and the fields of its selector}."""
-    keep_fraction: float | None = Field(None, ge=0, le=1)
+    keep_fraction: float | None = Field(default=None, ge=0, le=1)
     """Share of the rows that reach this step."""
-    keep: int | None = Field(None, ge=0)
+    keep: int | None = Field(default=None, ge=0)
     """Number of rows."""
     min_score: float | None = None
     """Every row that scores at least this; a row without a score is not kept."""
@@ -188,7 +200,7 @@ class Write(Part):
 
     tars: bool = True
     """The kept samples as tars, their raw bytes untouched."""
-    samples_per_shard: int = Field(10_000, gt=0)
+    samples_per_shard: int = Field(default=10_000, gt=0)
 
 
 class CurateRecipe(Part):
@@ -203,17 +215,20 @@ class CurateRecipe(Part):
     write: Write = Write()
     output: str = ""
     """Folder or fsspec URL of the run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of every random choice of the selection."""
-    max_drop_fraction: float = Field(0.1, ge=0, le=1)
+    max_drop_fraction: float = Field(default=0.1, ge=0, le=1)
     """The run fails when a larger share of what it read had to be dropped."""
     format_version: Annotated[int, tyro.conf.Suppress] = FORMAT_VERSION
 
-    @model_validator(mode="after")
-    def _is_readable(self) -> Self:
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(f"format_version {self.format_version} is newer than this code's {FORMAT_VERSION}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _is_readable(cls, fields: Any) -> Any:
+        # Before all else: what a newer recipe has besides would be told as unknown names.
+        version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else FORMAT_VERSION
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(f"format_version {version} is newer than this code's {FORMAT_VERSION}: update curation")
+        return fields
 
     def embedded_by(self, *, weights_digest: str, device: str, precision: str) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""

@@ -246,7 +246,9 @@ def texture_share(name: str, *, width: int, height: int, period: float, rng: Gen
     if name == "checkered":
         return ((x % period < period / 2) ^ (y % period < period / 2)).astype(np.float32)
     if name == "dotted":
-        return ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (0.32 * period) ** 2).astype(np.float32)
+        return ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (0.32 * period) ** 2).astype(
+            np.float32
+        )
     return np.zeros((height, width), dtype=np.float32)
 
 

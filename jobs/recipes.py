@@ -11,8 +11,6 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from curation.recipe import Compute, CurateRecipe, Embed, Select
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -57,14 +55,14 @@ RECIPES: dict[str, Callable[[], CurateRecipe]] = {
 
 
 def load_recipe(name: str) -> CurateRecipe:
-    """A recipe by name, or from the JSON file of one (a run's recipe.json too). ValueError if there is no such recipe."""
+    """A recipe by name, or from the JSON file of one (a run's recipe.json too). ValueError if there is none."""
     if name in RECIPES:
         return RECIPES[name]()
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
             return CurateRecipe.model_validate_json(_recipe_text(path))
-        except ValidationError as error:
+        except ValueError as error:  # no JSON, or not of our fields
             raise ValueError(f"{name} is no recipe of ours: {error}") from error
     nearest = get_close_matches(name, RECIPES, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+MAX_CODE = 300
+"""Characters that are shown of a text; a pool's licence may be a book."""
+
 
 class CardFacts(NamedTuple):
     """What the card tells. `waterfall` is (step, rows in, rows out); `licences` counts the kept rows by licence."""
@@ -30,8 +33,8 @@ def card(facts: CardFacts) -> str:
     licences = sorted(facts.licences.items(), key=lambda item: (-item[1], item[0]))
     parts = [
         "# A curated image-text data set",
-        f"Made by `curation` with the recipe {_code(facts.recipe_name)} from {_code(facts.shards)}. Each sample's bytes are "
-        "those of its source; `selected.parquet` says where each one came from.",
+        f"Made by `curation` with the recipe {_code(facts.recipe_name)} from {_code(facts.shards)}. Each sample's "
+        "bytes are those of its source; `selected.parquet` says where each one came from.",
         "## Counts\n\n" + _table(("", "samples"), rows),
         "## Selection\n\n" + _table(("step", "rows in", "removed", "rows out"), steps),
         "## Licences of the kept samples\n\n"
@@ -58,6 +61,8 @@ def _cell(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """Text as one line of code in a table cell: no backtick, bar or line break of its own survives."""
-    plain = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
-    return f"`{plain}`" if plain else "(none)"
+    """Text as one line of code in a table cell: no backtick, bar, line break or control character of it survives."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    plain = " ".join(printable.split())
+    short = plain if len(plain) <= MAX_CODE else plain[:MAX_CODE] + "..."
+    return "`" + short.replace("`", "'").replace("|", "\\|") + "`" if short else "(none)"

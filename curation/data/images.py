@@ -72,18 +72,21 @@ class ImageError(Exception):
 
 
 class Pixels(NamedTuple):
-    """A decoded and transformed image, and its size as it was stored."""
+    """A decoded and resized image, and its size as it was stored."""
 
     pixels: np.ndarray
-    """uint8 (H, W, 3), read-only."""
+    """uint8 (H, W, 3)."""
     width: int
     height: int
 
 
-def pixels(data: bytes, *, max_pixels: int, transform: Callable[[Image.Image], Image.Image]) -> Pixels:
-    """Decode, apply the model's resize and crop, convert to RGB: open_clip's order. ImageError if it is refused."""
+def pixels(data: bytes, *, max_pixels: int, resize: Callable[[Image.Image], np.ndarray]) -> Pixels:
+    """Decode, and bring to the model's size: `resize` gives uint8 (H, W, 3). ImageError if either is refused."""
     image = open_image(data, max_pixels=max_pixels)
-    return Pixels(np.asarray(transform(image).convert("RGB")), *image.size)
+    try:
+        return Pixels(resize(image), *image.size)
+    except (OSError, ValueError, MemoryError, OverflowError) as error:
+        raise ImageError("image:resize_failed", size=image.size) from error
 
 
 def open_image(data: bytes, *, max_pixels: int) -> Image.Image:

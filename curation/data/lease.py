@@ -1,11 +1,14 @@
 """One run per output: a lease that its holder renews, and that lapses when the holder is dead.
 
-`lease.json` names the holder (host, process, a random token) and when it last renewed. A second run is refused while the
-lease is alive. It is dead when its process is gone from this host, or when another host has not renewed it for TTL_S.
+`lease.json` names the holder (host, process, a random token) and when it last renewed. A second run is refused while
+the lease is alive. It is dead when its process is gone from this machine, or when a holder elsewhere has not renewed it
+for TTL_S, by clocks that agree within that. A holder that finds that it lost the lease is interrupted. Not every store
+can compare and swap, so of runs that start at once the last to write wins, and the others see it SETTLE_S later.
 """
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import secrets
@@ -20,6 +23,7 @@ from curation.data import storage
 
 RENEW_S = 10.0
 TTL_S = 60.0
+SETTLE_S = 0.3
 
 
 class OutputInUse(RuntimeError):
@@ -27,18 +31,24 @@ class OutputInUse(RuntimeError):
 
 
 class Lease:
-    """Held from entering to leaving the `with` block. OutputInUse on entering if another run holds the output."""
+    """Held from entering to leaving the `with` block. OutputInUse on entering if another run holds the output.
+
+    If the lease is lost while it is held (taken over, or not renewed for TTL_S), the main thread is interrupted and the
+    block ends with OutputInUse.
+    """
 
     def __init__(self, output: str):
         self._url = storage.join(output, "lease.json")
         self._mine = {
             "host": socket.gethostname(),
+            "process_space": _process_space(),
             "pid": os.getpid(),
             "process_started": _process_started(os.getpid()),
             "token": secrets.token_hex(8),
         }
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._lost: str | None = None
 
     def __enter__(self) -> Lease:
         holder = _read(self._url)
@@ -49,8 +59,8 @@ class Lease:
                 f"if its machine is gone, the lease lapses {TTL_S:.0f} s after its last renewal."
             )
         self._write()
-        # Two runs that saw the same dead lease both wrote: the later write stands, and the other one backs out here.
-        if (_read(self._url) or {}).get("token") != self._mine["token"]:
+        time.sleep(SETTLE_S)
+        if not self._is_mine():
             raise OutputInUse(f"{self._url} was taken by another run at the same moment")
         self._renewer.start()
         return self
@@ -60,48 +70,79 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._renewer.join()
-        if (_read(self._url) or {}).get("token") == self._mine["token"]:
+        if self._lost:
+            raise OutputInUse(f"{self._url} {self._lost}; this run stopped, what it committed stays") from error
+        if self._is_mine():
             storage.delete(self._url)
 
     def _renew(self) -> None:
+        renewed = time.monotonic()
         while not self._stop.wait(RENEW_S):
-            self._write()
+            try:
+                if not self._is_mine(or_gone=True):
+                    self._lost = "was taken over by another run"
+                    break
+                self._write()
+                renewed = time.monotonic()
+            except Exception as error:  # a store may fail for a moment; the lease holds until TTL_S
+                if time.monotonic() - renewed > TTL_S:
+                    self._lost = f"could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
+                    break
+        if self._lost and not self._stop.is_set():
+            _thread.interrupt_main()
+
+    def _is_mine(self, *, or_gone: bool = False) -> bool:
+        holder = _read(self._url)
+        return or_gone if holder is None else holder["token"] == self._mine["token"]
 
     def _write(self) -> None:
         storage.write_bytes(self._url, json.dumps({**self._mine, "renewed": time.time()}).encode())
 
 
 def _read(url: str) -> dict[str, Any] | None:
+    """The lease, None if there is none. OutputInUse if there is a file that says nothing."""
     try:
-        return json.loads(storage.read_bytes(url))
+        holder = json.loads(storage.read_bytes(url))
+        return {name: kind(holder[name]) for name, kind in _FIELDS.items()}
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputInUse(
+            f"{url} is damaged, so nobody knows whether a run holds the output: delete it if none does"
+        ) from error
+
+
+_FIELDS = {"host": str, "process_space": str, "pid": int, "process_started": str, "token": str, "renewed": float}
 
 
 def _is_alive(holder: dict[str, Any], *, now: float) -> bool:
-    if holder["host"] == socket.gethostname():
-        return _process_started(holder["pid"]) == holder["process_started"]
+    if (holder["host"], holder["process_space"]) == (socket.gethostname(), _process_space()):
+        return _is_running(holder["pid"], holder["process_started"])
     return now - holder["renewed"] < TTL_S
 
 
-def _process_started(pid: int) -> str | None:
-    """The kernel's start time of a process, so that a reused process number is not taken for the holder; else None."""
+def _process_space() -> str:
+    """Where a process number means what it means here: this boot of this machine, and this container."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return _signalable(pid)
-    state, *rest = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else rest[18]  # a zombie was killed already: it only waits for its parent
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux, no containers
+        return ""
 
 
-def _signalable(pid: int) -> str | None:
-    """On systems without /proc: "alive" if the process exists."""
-    if Path("/proc/self/stat").exists():
-        return None
+def _is_running(pid: int, process_started: str) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return None
-    except PermissionError:
+        return False
+    except PermissionError:  # it runs, as another user
         pass
-    return "alive"
+    return _process_started(pid) in (process_started, "")
+
+
+def _process_started(pid: int) -> str:
+    """The kernel's start time of a process, so that a reused number is not taken for the holder; "" if it is untold."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "dead" if state in "ZX" else rest[18]  # a zombie was killed already: it only waits for its parent

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from curation.columns import FORMAT_VERSION
 from curation.data import storage
 
 READ_THREADS = 16
+_NAME = re.compile(r"\d{8,}\.json")
 
 
 class OtherRun(ValueError):
@@ -56,17 +58,26 @@ def find(output: str, stage: str, number: int, *, made_by: Mapping[str, Any]) ->
 
 
 def committed(output: str, stage: str) -> dict[int, dict[str, Any]]:
-    """The records of all committed pieces of a stage, by shard number. ValueError on a newer format."""
-    names = [name for name in storage.names_in(storage.join(output, "manifest", stage)) if name.endswith(".json")]
+    """The records of all committed pieces of a stage, by shard number. ValueError on a newer format, or a damaged file.
+
+    Names that no piece has, such as temporary ones of a killed writer, are not looked at.
+    """
+    folder = storage.join(output, "manifest", stage)
+    names = [name for name in storage.names_in(folder) if _NAME.fullmatch(name)]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return dict(pool.map(lambda name: (int(name[:-5]), read(storage.join(output, "manifest", stage, name))), names))
+        records = pool.map(lambda name: read(storage.join(folder, name)), names)
+        return {int(name.removesuffix(".json")): record for name, record in zip(names, records, strict=True)}
 
 
 def read(url: str) -> dict[str, Any]:
-    """One JSON file of ours. ValueError if its format is newer than this code."""
-    record = json.loads(storage.read_bytes(url))
-    version = record.get("format_version", 0)
-    if version > FORMAT_VERSION:
+    """One JSON file of ours. ValueError if its format is newer than this code, or if it is none."""
+    try:
+        record = json.loads(storage.read_bytes(url))
+        version = record.get("format_version", 0)
+        is_newer = version > FORMAT_VERSION
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{url} is damaged, it is no JSON file of ours: {error}") from error
+    if is_newer:
         raise ValueError(f"{url} has format_version {version}, this code reads up to {FORMAT_VERSION}: update curation")
     return record
 
@@ -75,8 +86,8 @@ def check_same_run(records: Mapping[int, Mapping[str, Any]], made_by: Mapping[st
     """OtherRun, naming the fields that differ, if a committed piece was made by something else than `made_by`."""
     key = digest(made_by)
     for number, record in records.items():
-        if record["key"] != key:
-            changes = "; ".join(_differences(record["made_by"], made_by))
+        if record.get("key") != key:
+            changes = "; ".join(_differences(record.get("made_by", {}), made_by))
             raise OtherRun(
                 f"the output already holds shard {number} made with another recipe ({changes}). "
                 "Committed pieces are never overwritten: choose another output, or the former recipe."
@@ -84,6 +95,10 @@ def check_same_run(records: Mapping[int, Mapping[str, Any]], made_by: Mapping[st
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """The fields whose JSON differs: null is not absent, and 1 is not 1.0, as in `digest`."""
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            yield f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        before, now = (
+            json.dumps(fields[name], sort_keys=True) if name in fields else "absent" for fields in (old, new)
+        )
+        if before != now:
+            yield f"{name} was {before}, now {now}"

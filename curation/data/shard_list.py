@@ -70,15 +70,21 @@ def present(shards: Iterable[Shard], listed: Iterable[ListedShard]) -> list[Shar
 
 
 def load(output: str) -> list[Shard]:
-    """The saved list of a run's folder; empty if there is none. ValueError on a newer format or a broken numbering."""
+    """The saved list of a run's folder; empty if there is none. ValueError on a newer format or a damaged file."""
     url = storage.join(output, "shards.parquet")
+    # Only "no such file" means a new pool: after any other error, numbers would be given a second time.
     if not storage.exists(url):
         return []
-    with storage.open_read(url) as file:
-        table = pq.read_table(file)
+    try:
+        with storage.open_read(url) as file:
+            table = pq.read_table(file)
+    except pa.ArrowException as error:
+        raise ValueError(f"{url} is damaged: {error}") from error
     version = int((table.schema.metadata or {}).get(b"format_version", b"0"))
     if version > FORMAT_VERSION:
         raise ValueError(f"{url} has format_version {version}, this code reads up to {FORMAT_VERSION}: update curation")
+    if table.schema.names != SCHEMA.names:
+        raise ValueError(f"{url} is damaged: its columns are {table.schema.names}, not {SCHEMA.names}")
     shards = [Shard(**row) for row in table.to_pylist()]
     if [shard.number for shard in shards] != list(range(len(shards))):
         raise ValueError(f"{url} is damaged: its shard numbers are not 0 to {len(shards) - 1}")

@@ -49,6 +49,7 @@ DROP_REASONS: dict[str, str] = {
     "image:too_many_pixels": "the header, or that of an image inside the image, declares more than max_pixels",
     "image:extreme_aspect": "one side is more than 200 times the other",
     "image:decode_failed": "the header is fine, the pixels are not",
+    "image:resize_failed": "the decoded image cannot be brought to the model's size",
     # Raised by embedding.
     "embedding:not_finite": "the model's embedding of the sample has a NaN or an infinity",
 }
@@ -64,8 +65,10 @@ WARNINGS: dict[str, str] = {
     "json:not_an_object": "a json is a list or a value; the sample has no fields",
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
     "uid:malformed": "a json's uid is not 32 hex digits; the sample has the uid of its content",
+    "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
+    "shard:absent": "a shard is named by the pattern, but is not there",
 }
-"""Everything that is counted per shard without dropping a sample."""
+"""Everything that is counted without dropping a sample."""
 
 MAX_MEMBERS_PER_SAMPLE = 1024
 """A group that goes on beyond this begins the next sample, so that no shard makes one of unbounded size."""

@@ -2,29 +2,48 @@
 
 A local file is written under a temporary name in its own folder, fsynced and renamed. An object store makes an object
 visible only when its upload is complete, so there the upload goes to the final name. Either way a file exists whole or
-not at all, and writing it again replaces it whole. A plain path and a file:// URL mean the local disk.
+not at all, and writing it again replaces it whole. (File servers such as sftp:// promise no such thing.) A plain path
+and a file:// URL mean the local disk, and every character of them is literal: nothing is percent-decoded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
-import fsspec
 from braceexpand import braceexpand
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 SHARD_SUFFIX = ".tar"
 GLOB_CHARACTERS = frozenset("*?[")
 BLOCK_BYTES = 8 << 20
+LIST_THREADS = 32
+CHANGE_MARKS = (
+    "etag",
+    "ETag",
+    "content_md5",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "updated",
+    "created",
+)
+"""What stores call that which changes with a file, the most telling first."""
+_ROOT = re.compile(r"[A-Za-z0-9+.-]+://+")
 
 
 class ListedShard(NamedTuple):
@@ -36,25 +55,32 @@ class ListedShard(NamedTuple):
 
 def join(folder: str, *parts: str) -> str:
     """The URL of a file below a folder."""
-    return "/".join([folder.rstrip("/"), *parts])
+    # memory:// and s3:// are folders too, and must not lose the slashes that make them one.
+    root = folder.rstrip("/") + "/" if _ROOT.fullmatch(folder) else folder.rstrip("/")
+    return "/".join([root, *parts])
 
 
 def absolute(url: str) -> str:
-    """The URL by which every node may open it: an absolute path on the local disk, else protocol://path."""
-    fs, path = url_to_fs(url)
+    """The URL by which every node may open it: an absolute path on the local disk, else protocol://path.
+
+    Two spellings of a place (relative, file://, with "..", with doubled slashes) have one such URL. ValueError if the
+    protocol is unknown or its package is missing, or if it is a chain of them ("::").
+    """
+    fs, path = _resolve(url)
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 def is_local(url: str) -> bool:
     """True if the URL is on the local disk."""
-    return isinstance(url_to_fs(url)[0], LocalFileSystem)
+    return isinstance(_resolve(url)[0], LocalFileSystem)
 
 
 def open_read(url: str) -> BinaryIO:
     """The file, opened for reading in binary. OSError as the store raises it."""
-    if is_local(url):
-        return open(absolute(url), "rb")  # noqa: SIM115 - the caller closes it
-    return cast(BinaryIO, fsspec.open(url, "rb").open())
+    fs, path = _resolve(url)
+    if isinstance(fs, LocalFileSystem):
+        return open(path, "rb")
+    return cast(BinaryIO, fs.open(path, "rb"))
 
 
 def read_bytes(url: str) -> bytes:
@@ -64,22 +90,23 @@ def read_bytes(url: str) -> bytes:
 
 
 def exists(url: str) -> bool:
-    """True if the file is there."""
-    fs, path = url_to_fs(url)
-    return bool(fs.exists(path))
+    """True if the file is there. OSError if the store does not say: no answer is not "no"."""
+    return _info(url) is not None
 
 
 def names_in(folder: str) -> list[str]:
     """Sorted names of the files in a folder; empty if there is no such folder."""
-    fs, path = url_to_fs(folder)
+    fs, path = _resolve(folder)
     with contextlib.suppress(FileNotFoundError):
-        return sorted(info["name"].rsplit("/", 1)[-1] for info in fs.ls(path, detail=True) if info["type"] == "file")
+        if isinstance(fs, LocalFileSystem):
+            return sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+        return sorted(_name(info["name"]) for info in fs.ls(path, detail=True) if info["type"] == "file")
     return []
 
 
 def delete(url: str) -> None:
     """Remove one file; nothing happens if it is not there."""
-    fs, path = url_to_fs(url)
+    fs, path = _resolve(url)
     with contextlib.suppress(FileNotFoundError):
         fs.rm_file(path)
 
@@ -87,8 +114,9 @@ def delete(url: str) -> None:
 @contextlib.contextmanager
 def write_atomic(url: str) -> Iterator[IO[bytes]]:
     """A binary file to write to, which appears under `url` when the block ends well, and not at all otherwise."""
-    if is_local(url):
-        target = Path(absolute(url))
+    fs, path = _resolve(url)
+    if isinstance(fs, LocalFileSystem):
+        target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
@@ -100,13 +128,11 @@ def write_atomic(url: str) -> Iterator[IO[bytes]]:
         finally:
             temporary.unlink(missing_ok=True)
         return
-    with tempfile.TemporaryFile() as spool:
-        yield spool
-        spool.seek(0)
-        fs, path = url_to_fs(url)
-        fs.makedirs(fs._parent(path), exist_ok=True)
-        with fs.open(path, "wb") as remote:
-            shutil.copyfileobj(spool, remote, BLOCK_BYTES)
+    with tempfile.NamedTemporaryFile() as spool:
+        yield cast(IO[bytes], spool)
+        spool.flush()
+        # Not fs.open(): closing such a file after an error in the middle would make what was sent visible.
+        fs.put_file(spool.name, path)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -128,14 +154,14 @@ def sha256_of(url: str) -> str:
 
 
 def fingerprint(url: str) -> str:
-    """A cheap mark that changes when the file does: its size, and its mtime, etag or time of change.
+    """A cheap mark that changes when the file does: its size, and its etag, mtime or time of creation if there is one.
 
     FileNotFoundError if there is no such file.
     """
-    if is_local(url):
-        stat = os.stat(absolute(url))
+    fs, path = _resolve(url)
+    if isinstance(fs, LocalFileSystem):
+        stat = os.stat(path)
         return f"{stat.st_size}:{stat.st_mtime_ns}"
-    fs, path = url_to_fs(url)
     return _fingerprint_of(fs.info(path))
 
 
@@ -143,37 +169,97 @@ def list_shards(patterns: str) -> list[ListedShard]:
     """The shards that `patterns` name, sorted by URL, each once; a shard that is named but absent has no fingerprint.
 
     Patterns are joined by `::`; each is a path or URL with brace lists ({00000..00041}, {a,b}) and globs, or a folder,
-    which means all its *.tar. ValueError if a glob or folder matches nothing, or nothing at all is there.
+    which means all its *.tar. As in a shell, a name that begins with a dot is matched only by a pattern that has the
+    dot; unlike there, a pattern that is itself the name of a file or folder means that. ValueError if a glob or folder
+    matches nothing, or nothing at all is there.
     """
+    expanded = [path for pattern in patterns.split("::") if pattern for path in _braces(pattern)]
     found: dict[str, str] = {}
-    for pattern in filter(None, patterns.split("::")):
-        for expanded in braceexpand(pattern):
-            found.update(_match(expanded))
+    with ThreadPoolExecutor(LIST_THREADS) as pool:  # a brace list of a bucket costs a request for each name
+        for matched in pool.map(_match, expanded):
+            found.update(matched)
     if not any(found.values()):
         raise ValueError(f"pool.shards: no shard matches {patterns!r}")
     return [ListedShard(url, found[url]) for url in sorted(found)]
 
 
+def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
+    """The store that a URL names, and the path there. ValueError as `absolute` has it."""
+    if url.startswith("/"):  # "::" or "://" in a local name must not send fsspec elsewhere
+        return LocalFileSystem(), os.path.abspath("/" + url.lstrip("/"))
+    if "::" in url:
+        raise ValueError(f"{url!r} holds '::', which joins the patterns of a pool; a single URL cannot have it")
+    try:
+        # A cached listing would hide what other processes have committed since.
+        fs, path = url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot open {url!r}: {error}") from error
+    return fs, os.path.abspath(path) if isinstance(fs, LocalFileSystem) else path
+
+
+def _info(url: str) -> dict[str, Any] | None:
+    """What the store says of a file or folder; None if it is not there. (fsspec's `exists` takes any error for no.)"""
+    fs, path = _resolve(url)
+    try:
+        return fs.info(path)
+    except FileNotFoundError:
+        return None
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"pool.shards: {pattern!r} is no brace list: {error}") from error
+
+
 def _match(pattern: str) -> dict[str, str]:
     """URL -> fingerprint of what one brace-free pattern names."""
-    fs, path = url_to_fs(pattern)
-    local = isinstance(fs, LocalFileSystem)
-    if not GLOB_CHARACTERS & set(path):
-        if not fs.isdir(path):
-            url = path if local else str(fs.unstrip_protocol(path))
-            return {url: fingerprint(url) if fs.exists(path) else ""}
-        path = join(path, "*" + SHARD_SUFFIX)
-    # A listing carries sizes and etags already, so a bucket of many shards costs pages, not one request per shard.
-    infos = cast(dict[str, dict[str, Any]], fs.glob(path, detail=True))
-    files = {name: info for name, info in infos.items() if info["type"] == "file"}
-    if not files:
+    fs, path = _resolve(pattern)
+    found = _match_local(path) if isinstance(fs, LocalFileSystem) else _match_remote(fs, path)
+    if not found:
         raise ValueError(f"pool.shards: no shard matches {pattern!r}")
-    if local:
-        return {name: fingerprint(name) for name in files}
-    return {str(fs.unstrip_protocol(name)): _fingerprint_of(info) for name, info in files.items()}
+    return found
+
+
+def _match_local(path: str) -> dict[str, str]:
+    # The standard library's glob, because fsspec's passes over symbolic links, of which many a pool is made.
+    if os.path.isdir(path):
+        names = glob.glob(join(glob.escape(path), "*" + SHARD_SUFFIX))
+    elif GLOB_CHARACTERS & set(path) and not os.path.exists(path):
+        names = glob.glob(path, recursive=True)
+    else:
+        names = [path]
+    return {name: fingerprint(name) if os.path.isfile(name) else "" for name in names if not os.path.isdir(name)}
+
+
+def _match_remote(fs: AbstractFileSystem, path: str) -> dict[str, str]:
+    url = str(fs.unstrip_protocol(path))
+    info = _info(url)
+    # A listing carries sizes and etags already, so a bucket of many shards costs pages, not one request per shard.
+    if info is not None and info["type"] == "directory":
+        infos = [info for info in fs.ls(path, detail=True) if info["name"].endswith(SHARD_SUFFIX)]
+    elif info is None and GLOB_CHARACTERS & set(path):
+        infos = list(cast(dict[str, dict[str, Any]], fs.glob(path, detail=True)).values())
+    else:
+        return {url: "" if info is None else _fingerprint_of(info)}
+    shows_hidden = _name(path).startswith(".")
+    files = [info for info in infos if info["type"] == "file" and (shows_hidden or _name(info["name"])[:1] != ".")]
+    # A listing over http tells nothing but names.
+    whole = [info if _mark(info) else fs.info(info["name"]) for info in files]
+    return {str(fs.unstrip_protocol(info["name"])): _fingerprint_of(info) for info in whole}
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
 def _fingerprint_of(info: dict[str, Any]) -> str:
-    marks = ("etag", "ETag", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
-    mark = next((info[name] for name in marks if info.get(name) is not None), "")
+    mark = _mark(info)
+    if isinstance(mark, datetime):  # memory:// lists a time as a number and tells it as a datetime
+        mark = mark.timestamp()
     return f"{info['size']}:{str(mark).strip(chr(34))}"
+
+
+def _mark(info: dict[str, Any]) -> Any:
+    return next((info[name] for name in CHANGE_MARKS if info.get(name) is not None), "")

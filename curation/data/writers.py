@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import posixpath
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +26,7 @@ from curation.data.shards import read_sample_members, split_name
 SUBSET_DTYPE = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 SHARD_FORMAT = "{:05d}.tar"
 MTIME = 0
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 KEPT_SCHEMA = pa.schema(
     [
@@ -56,15 +58,18 @@ ORIGIN_SCHEMA = pa.schema(
 def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> None:
     """DataComp's subset file: `num_rows` uids as u8,u8, from blocks (n, 2) uint64 that come in sorted order.
 
-    ValueError if another number of uids comes.
+    ValueError if another number of uids comes, or if they are not sorted: its readers search in them.
     """
     header = {"descr": SUBSET_DTYPE.descr, "fortran_order": False, "shape": (num_rows,)}
-    written = 0
+    written, last = 0, np.zeros((1, 2), np.uint64)
     with storage.write_atomic(url) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for words_N2 in blocks:
+            high, low = np.concatenate([last, words_N2]).T
+            if np.any((high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))):
+                raise ValueError(f"{url}: the uids do not come in sorted order")
             file.write(np.ascontiguousarray(words_N2, "<u8").tobytes())
-            written += len(words_N2)
+            written, last = written + len(words_N2), np.array([[high[-1], low[-1]]])
         if written != num_rows:
             raise ValueError(f"{url}: {written} uids came, {num_rows} were announced")
 
@@ -72,16 +77,17 @@ def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> No
 def write_tar(folder: str, index: int, rows: pa.Table) -> int:
     """One curated tar (rows: KEPT_SCHEMA) with its _stats.json and its parquet of origins; returns its samples.
 
-    The members' bytes are those of the pool. A key stays as it was, unless it leaves the folder ("../", "/"), when the
-    uid takes its place, or was used in this tar before, when "-1", "-2", ... follow; so do a sample's further copies.
+    The members' bytes are those of the pool. A key stays as it was, unless it could leave the folder ("../", "/",
+    "\\") or has control characters, when the uid takes its place, or was used in this tar before, when "-1", "-2", ...
+    follow; so do a sample's further copies. A member whose extension could do as much is left out.
     OSError if a shard cannot be read; ValueError if it no longer holds the sample.
     """
     tar_name, origin_name, stats_name = _file_names(index)
-    used: set[str] = set()
+    used: Counter[str] = Counter()
     origins: list[dict[str, Any]] = []
     with (
         storage.write_atomic(storage.join(folder, tar_name)) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar,
     ):
         for row, members in _with_members(rows):
             for _ in range(row["copies"]):
@@ -131,25 +137,35 @@ def _with_members(rows: pa.Table) -> Iterator[tuple[dict[str, Any], list[tuple[s
                 open_shard.close()
                 url = row["shard"]
                 raw = open_shard.enter_context(storage.open_read(url))
-            members = [(*split_name(name), data) for name, data in read_sample_members(raw, row["offset"])]
-            images = {hashlib.sha256(data).hexdigest() for _, _, data in members}
-            if any(key != row["key"] for key, _, _ in members) or row["sha256"] not in images:
-                raise ValueError(
-                    f"{url} no longer holds sample {row['key']!r} at offset {row['offset']}: it was edited"
-                )
-            yield row, [(extension, data) for _, extension, data in members]
+            try:
+                members = read_sample_members(raw, row["offset"])
+            except ValueError as error:
+                raise _edited(row) from error
+            names = [split_name(name) or ("", "") for name, _ in members]
+            images = {hashlib.sha256(data).hexdigest() for _, data in members}
+            if {key for key, _ in names} != {row["key"]} or row["sha256"] not in images:
+                raise _edited(row)
+            extensions = [extension for _, extension in names]
+            yield row, [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
 
 
-def _free_key(row: Mapping[str, Any], used: set[str]) -> str:
-    source = row["key"]
-    stays_inside = not posixpath.isabs(source) and ".." not in source.split("/") and "\\" not in source
-    wanted = key = source if stays_inside else row["uid"]
-    number = 0
+def _edited(row: Mapping[str, Any]) -> ValueError:
+    return ValueError(f"{row['shard']} no longer holds sample {row['key']!r} at offset {row['offset']}: it was edited")
+
+
+def _free_key(row: Mapping[str, Any], used: Counter[str]) -> str:
+    """The row's key in this tar; `used` counts how often each was wanted, so that equal keys cost no search."""
+    key = wanted = row["key"] if _is_harmless(row["key"]) else row["uid"]
     while key in used:
-        number += 1
-        key = f"{wanted}-{number}"
-    used.add(key)
+        key = f"{wanted}-{used[wanted]}"
+        used[wanted] += 1
+    used[key] += 1
     return key
+
+
+def _is_harmless(name: str) -> bool:
+    """True if a part of a member's name stays in the folder into which a reader puts it, on any system."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or _CONTROL.search(name))
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:

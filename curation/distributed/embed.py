@@ -23,7 +23,7 @@ import torch
 
 from curation import addresses
 from curation.data import manifest, storage, tables
-from curation.data.images import ImageError, open_image
+from curation.data.images import ImageError, pixels
 from curation.data.shards import ReadRules, Sample, ShardReader
 from curation.models.clip import Towers, load_towers
 from curation.numerics.contrastive import cosine
@@ -103,7 +103,7 @@ class ShardEmbed:
             ahead = 2 * spec.batch_size + spec.decode_threads
             for rows in _batches(piece.received(_decoded(reader, pool, self._decode, ahead=ahead)), spec.batch_size):
                 forward_begun = time.perf_counter()
-                piece.embedded(*self._embed(rows))
+                piece.embedded(rows, *self._embed(rows))
                 piece.seconds["forward"] += time.perf_counter() - forward_begun
                 piece.batch_ends.append((time.time(), len(rows)))
         if storage.fingerprint(url) != fingerprint:
@@ -134,13 +134,12 @@ class ShardEmbed:
         if sample.reason is not None or sample.image is None or sample.caption is None:
             return Decoded(bare, sample.reason)
         try:
-            image = open_image(sample.image, max_pixels=self._spec.max_pixels)
+            decoded = pixels(sample.image, max_pixels=self._spec.max_pixels, resize=self._towers.resize)
         except ImageError as error:
-            return Decoded(bare, error.reason, seconds=time.perf_counter() - begun, decoded=True)
-        width, height = image.size
-        pixels = self._towers.resize(image)
+            size = error.width, error.height
+            return Decoded(bare, error.reason, None, None, *size, time.perf_counter() - begun, decoded=True)
         tokens = self._towers.tokenize([sample.caption])[0]
-        return Decoded(bare, None, pixels, tokens, width, height, time.perf_counter() - begun, decoded=True)
+        return Decoded(bare, None, decoded.pixels, tokens, decoded.width, decoded.height, time.perf_counter() - begun, True)
 
     def _embed(self, rows: list[Decoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image and text embeddings (n, D) float16 and scores (n,) float32 of at most `batch_size` rows.
@@ -176,6 +175,7 @@ class _Piece:
 
     def __init__(self, embedding_dim: int):
         self._rows: list[Decoded] = []
+        self._reasons: list[str | None] = []
         empty = np.zeros((0, embedding_dim), np.float16)
         self._images, self._texts, self._scores = [empty], [empty], [np.zeros(0, np.float32)]
         self.seconds = {"wait": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
@@ -192,18 +192,23 @@ class _Piece:
                 return
             self.seconds["decode"] += row.seconds
             self._rows.append(row._replace(pixels=None, tokens=None))
+            self._reasons.append(row.reason)
             if row.reason is None:
                 yield row
 
-    def embedded(self, image_ND: np.ndarray, text_ND: np.ndarray, scores: np.ndarray) -> None:
-        """Take the next rows' embeddings and scores."""
-        self._images.append(image_ND)
-        self._texts.append(text_ND)
-        self._scores.append(scores)
+    def embedded(self, rows: list[Decoded], image_ND: np.ndarray, text_ND: np.ndarray, scores: np.ndarray) -> None:
+        """Take the rows' embeddings and scores; a row for which the model gave NaN or infinity is dropped."""
+        finite = np.isfinite(scores) & np.isfinite(image_ND).all(1) & np.isfinite(text_ND).all(1)
+        for row, is_finite in zip(rows, finite, strict=True):
+            if not is_finite:
+                self._reasons[row.sample.row] = "embedding:not_finite"
+        self._images.append(image_ND[finite])
+        self._texts.append(text_ND[finite])
+        self._scores.append(scores[finite])
 
     def account(self) -> dict[str, Any]:
         """read = embedded + dropped(reason), checked."""
-        dropped = Counter(row.reason for row in self._rows if row.reason is not None)
+        dropped = Counter(reason for reason in self._reasons if reason is not None)
         embedded = sum(map(len, self._scores))
         if len(self._rows) != embedded + dropped.total():
             raise AssertionError(f"{len(self._rows)} rows read, {embedded} embedded, {dropped.total()} dropped")
@@ -224,15 +229,15 @@ class _Piece:
             "key": [row.sample.key for row in rows],
             "shard": [url] * len(rows),
             "offset": [row.sample.offset for row in rows],
-            "status": ["ok" if row.reason is None else "dropped" for row in rows],
-            "reason": [row.reason for row in rows],
+            "status": ["ok" if reason is None else "dropped" for reason in self._reasons],
+            "reason": self._reasons,
             "caption": [row.sample.caption for row in rows],
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
             "sha256": [row.sample.sha256 for row in rows],
             "image_embedding": np.concatenate(self._images),
             "text_embedding": np.concatenate(self._texts),
-            "clip_score": [next(scores) if row.reason is None else None for row in rows],
+            "clip_score": [next(scores) if reason is None else None for reason in self._reasons],
         }
         return tables.sample_table(columns, [row.sample.fields for row in rows])
 

@@ -1,8 +1,8 @@
 """Pair losses of image–text training, one value per row, so that weights can multiply them.
 
 Both see the logits of all N x N pairs of a batch, logit = logit_scale * cosine + logit_bias, and share them out to rows
-so that a row's loss holds its image's part and its caption's part alike; the mean over rows is the published loss. A row
-of weight 0 therefore pulls its own pair no more, but stays a negative for the others.
+so that a row's loss holds its image's part and its caption's part alike; the mean over rows is the published loss. A
+row of weight 0 therefore pulls its own pair no more, but stays a negative for the others.
 
 N rows, D embedding. Image embedding i and text embedding i are a pair; both of unit norm.
 """

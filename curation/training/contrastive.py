@@ -35,7 +35,7 @@ def make_optimizer(
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=learning_rate, betas=betas)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def shuffled_batches(

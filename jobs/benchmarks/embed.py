@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.data.storage import list_shards
 from jobs.benchmarks.pairs import interleaved, paired_ratio, provenance
 from jobs.demo_pool import make_pool
 
@@ -80,9 +81,7 @@ def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
 
 
 def _demo_pool(folder: Path, *, samples: int) -> str:
-    if not folder.exists():
-        make_pool(folder, samples=samples, samples_per_shard=max(50, samples // 16))
-    return str(folder)
+    return make_pool(folder, samples=samples, samples_per_shard=max(50, samples // 16)).shards
 
 
 def _run(side: str, pattern: str, output: str) -> Run:
@@ -184,7 +183,7 @@ def _ours(pattern: str, output: str) -> list[tuple[float, int]]:
 
 def _rival(pattern: str) -> list[tuple[float, int]]:
     """The loop one would write by hand: a process per core over its share of the tars, decode threads, forward."""
-    tars = sorted(str(path) for path in Path(pattern).glob("*.tar")) if Path(pattern).is_dir() else pattern.split("::")
+    tars = [shard.url for shard in list_shards(pattern)]
     n = _processes()
     command = [sys.executable, "-m", "jobs.benchmarks.embed", "rival-worker"]
     workers = [
@@ -204,8 +203,8 @@ def _rival_worker(tars: str) -> list[tuple[float, int]]:
     from collections.abc import Iterator
     from concurrent.futures import ThreadPoolExecutor
 
-    import open_clip
     import torch
+    from open_clip.transform import image_transform_v2
     from PIL import Image, UnidentifiedImageError
 
     from curation.models.clip import build_network, load_tokenizer
@@ -213,7 +212,7 @@ def _rival_worker(tars: str) -> list[tuple[float, int]]:
     torch.set_num_threads(1)
     network = build_network("nano").eval()
     tokenizer = load_tokenizer("nano")
-    transform = open_clip.image_transform(network.image_size, is_train=False)
+    transform = image_transform_v2(network.preprocess, is_train=False)
 
     def samples() -> Iterator[tuple[bytes, str]]:
         for tar in tars.split("::"):

@@ -1,7 +1,8 @@
-"""Ratios that a noisy machine cannot fake: two commands run in turn, compared pair by pair, the median with its interval."""
+"""Ratios that a noisy machine cannot fake: two commands run in turn, compared in pairs, the median with its interval."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -38,7 +39,13 @@ def interleaved(ours: Callable[[], float], rival: Callable[[], float], *, pairs:
 
 
 def paired_ratio(figures: Sequence[tuple[float, float]], *, at_least: float = 0.95) -> Ratio:
-    """ours / rival over the pairs. The interval is exact for any distribution: order statistics around the median."""
+    """ours / rival over the pairs. The interval is exact for any distribution: order statistics around the median.
+
+    With fewer than six pairs the widest interval holds the median with less than 0.95; `confidence` says with how much.
+    ValueError if there is no pair, or a rival's figure is not positive.
+    """
+    if not figures or any(theirs <= 0 for _, theirs in figures):
+        raise ValueError(f"figures must be pairs whose second is positive, got {list(figures)}")
     ratios = sorted(mine / theirs for mine, theirs in figures)
     n = len(ratios)
     cut = 0
@@ -53,21 +60,23 @@ def _coverage(n: int, cut: int) -> float:
 
 
 def provenance() -> dict[str, Any]:
-    """Date, hardware and commit, which stand beside every figure."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Date, hardware and commit ("-dirty" if files were changed since), which stand beside every figure."""
     return {
         "date": date.today().isoformat(),
-        "cpus": len(_cpus()),
+        "cpus": len(os.sched_getaffinity(0)),
         "cpu": _cpu_model(),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit() or "unknown",
     }
 
 
-def _cpus() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
+def _commit() -> str:
+    """Of this code, not of the folder that one stands in; empty outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        return ""
 
 
 def _cpu_model() -> str:

@@ -25,12 +25,13 @@ MAX_PIXELS = 50_000_000
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 
-def resize_and_crop(image: Image.Image) -> Image.Image:
-    """As open_clip does it for a square model: the shortest side to 64, then the centre."""
+def resize_and_crop(image: Image.Image) -> np.ndarray:
+    """As open_clip does it for a square model: the shortest side to 64, then the centre, then RGB."""
     scale = 64 / min(image.size)
     width, height = (max(64, int(side * scale)) for side in image.size)
     left, top = round((width - 64) / 2), round((height - 64) / 2)
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
+    cropped = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
+    return np.asarray(cropped.convert("RGB"))
 
 
 def saved(image: Image.Image, image_format: str, **options) -> bytes:
@@ -72,7 +73,7 @@ def test_bad_input_decodes_or_is_refused_as_its_manifest_says(real_data: Path):
         row = manifest[sample.key]
         assert sample.image is not None
         if row["result"] == "decodes":
-            decoded = pixels(sample.image, max_pixels=MAX_PIXELS, transform=resize_and_crop)
+            decoded = pixels(sample.image, max_pixels=MAX_PIXELS, resize=resize_and_crop)
             assert (decoded.pixels.shape, decoded.pixels.dtype) == ((64, 64, 3), np.uint8)
             assert [str(decoded.width), str(decoded.height)] == [row["width"], row["height"]]
             num_decoded += 1
@@ -107,8 +108,8 @@ def test_bad_input_decodes_or_is_refused_as_its_manifest_says(real_data: Path):
 )
 def test_ordinary_modes_give_exactly_the_pixels_of_open_clips_order(mode, image_format, options):
     data = saved(picture(mode), image_format, **options)
-    expected = np.asarray(resize_and_crop(Image.open(io.BytesIO(data))).convert("RGB"))
-    decoded = pixels(data, max_pixels=MAX_PIXELS, transform=resize_and_crop)
+    expected = resize_and_crop(Image.open(io.BytesIO(data)))
+    decoded = pixels(data, max_pixels=MAX_PIXELS, resize=resize_and_crop)
     assert np.array_equal(decoded.pixels, expected)
     assert (decoded.width, decoded.height) == (80, 60)
 
@@ -121,7 +122,7 @@ def test_pixels_equal_open_clips_own_transform():
     steps = cast(Compose, image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))).transforms
     data = saved(picture(size=(123, 77)), "JPEG")
     theirs = cast(torch.Tensor, Compose(steps[:-1])(Image.open(io.BytesIO(data))))  # all but the normalisation
-    ours = pixels(data, max_pixels=MAX_PIXELS, transform=Compose(steps[:2])).pixels
+    ours = pixels(data, max_pixels=MAX_PIXELS, resize=lambda image: np.asarray(Compose(steps[:2])(image))).pixels
     assert np.array_equal(ours, (theirs.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
@@ -276,12 +277,17 @@ def test_a_bomb_that_only_the_decoder_sees_is_too_many_pixels(monkeypatch):
     assert refusal(saved(picture(), "PNG")).reason == "image:too_many_pixels"
 
 
-def test_an_error_of_the_transform_is_ours_and_propagates():
-    def transform(image: Image.Image) -> Image.Image:
-        raise TypeError("a defect")
+def test_an_image_that_cannot_be_resized_is_refused_and_a_defect_of_the_resize_propagates():
+    def failing(error: Exception):
+        def resize(image: Image.Image) -> np.ndarray:
+            raise error
 
+        return resize
+
+    with pytest.raises(ImageError, match="image:resize_failed"):
+        pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, resize=failing(MemoryError()))
     with pytest.raises(TypeError, match="a defect"):
-        pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, transform=transform)
+        pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, resize=failing(TypeError("a defect")))
 
 
 def test_any_damaged_byte_of_an_image_decodes_or_is_refused():
@@ -293,7 +299,7 @@ def test_any_damaged_byte_of_an_image_decodes_or_is_refused():
             for offset in rng.integers(0, min(len(whole), 400), rng.integers(1, 5)):
                 damaged[offset] = rng.integers(0, 256)
             try:
-                pixels(bytes(damaged), max_pixels=1_000_000, transform=resize_and_crop)
+                pixels(bytes(damaged), max_pixels=1_000_000, resize=resize_and_crop)
             except ImageError as error:
                 assert error.reason in DROP_REASONS
 

@@ -224,3 +224,29 @@ def test_a_committed_shard_is_not_done_again(
     again = call(embed(), shard)
     assert table.stat().st_mtime_ns == written
     assert again["sha256"] == first["sha256"] and again["embedded"] == 4
+
+
+class NotFinite:
+    """Towers that give NaN for the second row of every batch."""
+
+    def __init__(self, towers: Towers):
+        self._towers = towers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._towers, name)
+
+    def embed_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        embeddings = self._towers.embed_texts(tokens).clone()
+        embeddings[1] = torch.nan
+        return embeddings
+
+
+def test_a_row_whose_embedding_is_not_finite_is_dropped_and_takes_no_neighbour_along(
+    embed: Callable[..., ShardEmbed], towers: Towers, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = str(write_shard(tmp_path / "a.tar", count=4, broken=[0]))
+    record = call(embed(with_towers=NotFinite(towers)), shard)
+    assert record["dropped"] == {"embedding:not_finite": 1, "image:unrecognized": 1} and record["embedded"] == 2
+    rows = pq.read_table(tmp_path / "out" / "samples" / "00000000.parquet").to_pylist()
+    assert [row["reason"] for row in rows] == ["image:unrecognized", None, "embedding:not_finite", None]
+    assert [row["clip_score"] is None for row in rows] == [True, False, True, False]

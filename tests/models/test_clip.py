@@ -7,6 +7,7 @@ import random
 import threading
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import open_clip
@@ -73,7 +74,8 @@ def test_resize_then_batched_normalise_equals_the_transform_bit_for_bit(preproce
 
 
 def test_the_towers_see_and_embed_what_the_model_itself_would(towers: Towers) -> None:
-    model, _, transform = open_clip.create_model_and_transforms("nano")
+    made, _, transform = open_clip.create_model_and_transforms("nano")
+    model = cast(open_clip.CLIP, made)
     model.load_state_dict(towers.network.clip.state_dict())
     model.eval()
     pixels = torch.from_numpy(np.stack([towers.resize(image) for image in images()]))
@@ -86,7 +88,7 @@ def test_the_towers_see_and_embed_what_the_model_itself_would(towers: Towers) ->
         torch.testing.assert_close(towers.embed_images(pixels), model.encode_image(inputs, normalize=True))
         torch.testing.assert_close(towers.embed_texts(tokens), model.encode_text(tokens, normalize=True))
     assert towers.logit_scale == pytest.approx(model.logit_scale.exp().item())
-    assert towers.logit_bias == pytest.approx(model.logit_bias.item())
+    assert towers.logit_bias == pytest.approx(cast(torch.Tensor, model.logit_bias).item())
 
 
 def test_embeddings_are_float32_of_unit_norm_and_do_not_depend_on_the_batch(towers: Towers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from itertools import islice
 
@@ -12,6 +13,16 @@ from curation.models.clip import ClipNetwork, build_network, load_tokenizer
 from curation.numerics.contrastive import PairLoss, sigmoid_loss, softmax_loss
 from curation.training.contrastive import MAX_LOGIT_SCALE, fit_contrastive, make_optimizer, shuffled_batches
 from curation.training.step import PairBatch, StepReport
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two busy pools of two threads on two cores wait for each other for most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 

@@ -24,9 +24,7 @@ def test_without_warm_up_it_starts_at_one() -> None:
     assert warmup_cosine(0.0, warmup=0.0) == 1.0
 
 
-@given(
-    progress=st.floats(0, 1), warmup=st.floats(0, 0.5), cooldown=st.floats(0, 0.5), floor=st.floats(0, 1)
-)
+@given(progress=st.floats(0, 1), warmup=st.floats(0, 0.5), cooldown=st.floats(0, 0.5), floor=st.floats(0, 1))
 def test_the_factor_lies_between_0_and_1(progress: float, warmup: float, cooldown: float, floor: float) -> None:
     assert -1e-9 <= warmup_cosine(progress, warmup=warmup, cooldown=cooldown, floor=floor) <= 1 + 1e-9
 
