@@ -1,7 +1,7 @@
 """Trains the demo's reference: the nano CLIP on a small clean set of rendered pairs, on a CPU, in about a minute.
 
-The set comes from the stream "reference", which shares no sample with the pool; what is fixed here was chosen on the
-stream "held_out", never on the pool's truth.
+The set comes from the stream "reference", which shares no sample with the pool. Model and settings were chosen by speed
+and by retrieval on the stream "held_out" (400 steps: R@1 of 300 is 0.37), after the pool was fixed.
 """
 
 from __future__ import annotations

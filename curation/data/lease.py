@@ -8,10 +8,10 @@ can compare and swap, so of runs that start at once the last to write wins, and 
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -89,7 +89,8 @@ class Lease:
                     self._lost = f"could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
                     break
         if self._lost and not self._stop.is_set():
-            _thread.interrupt_main()
+            # A real signal: _thread.interrupt_main() would not wake a thread that waits for a shard.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _is_mine(self, *, or_gone: bool = False) -> bool:
         holder = _read(self._url)

@@ -45,6 +45,8 @@ class UidSort:
 
     def add(self, words_N2: np.ndarray, addresses: np.ndarray) -> None:
         """Add rows: uids (n, 2) uint64, addresses (n,) int64."""
+        if not len(addresses):
+            return
         rows = np.empty(len(addresses), ROW_DTYPE)
         rows["high"], rows["low"], rows["address"] = words_N2[:, 0], words_N2[:, 1], addresses
         bucket = np.searchsorted(self._bounds, _comparable(words_N2), side="right")

@@ -1,4 +1,4 @@
-"""Ratios that a noisy machine cannot fake: two commands run in turn, compared in pairs, the median with its interval."""
+"""Ratios that a noisy machine cannot fake: two commands in turn, compared in pairs, the median with its interval."""
 
 from __future__ import annotations
 

@@ -244,8 +244,7 @@ class TestFingerprint:
 
     def test_over_http_a_listing_and_the_file_show_the_same_one(self, tmp_path):
         local_pool(tmp_path, "00000.tar", "00001.tar")
-        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Quiet", (), {"log_message": lambda *_: None}) and handler)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             root = f"http://127.0.0.1:{server.server_port}"
@@ -282,11 +281,8 @@ class TestListShards:
     def test_a_named_shard_that_is_absent_has_no_fingerprint(self, folder):
         storage.write_bytes(storage.join(folder, "1.tar"), b"x")
         shards = storage.list_shards(storage.join(folder, "{0..2}.tar"))
-        assert [(shard.url[-5:], bool(shard.fingerprint)) for shard in shards] == [
-            ("0.tar", False),
-            ("1.tar", True),
-            ("2.tar", False),
-        ][: len(shards)] if False else [(f"/{n}.tar", n == 1) for n in range(3)]
+        assert [shard.url for shard in shards] == [storage.join(folder, f"{n}.tar") for n in range(3)]
+        assert [bool(shard.fingerprint) for shard in shards] == [False, True, False]
 
     @pytest.mark.parametrize("pattern", ["", "*.tar", "a.tar", "{0..9}.tar", "*/00000.tar"])
     def test_a_pattern_that_matches_nothing_is_an_error(self, folder, pattern):
@@ -316,8 +312,8 @@ class TestListShards:
         assert urls(f"{folder}/._a.tar") == [storage.join(folder, "._a.tar")]
 
     def test_a_file_or_folder_that_is_there_is_meant_whatever_characters_it_has(self, tmp_path):
-        pool = local_pool(tmp_path, "v[2]/a[1].tar", "v[2]/a1.tar", "v2/b.tar")
-        assert urls(f"{tmp_path}/v[2]") == pool[:2]
+        local_pool(tmp_path, "v[2]/a[1].tar", "v[2]/a1.tar", "v2/b.tar")
+        assert urls(f"{tmp_path}/v[2]") == [f"{tmp_path}/v[2]/a1.tar", f"{tmp_path}/v[2]/a[1].tar"]
         assert urls(f"{tmp_path}/v[2]/a[1].tar") == [f"{tmp_path}/v[2]/a[1].tar"]
         assert urls(f"{tmp_path}/v[12]/*.tar") == [f"{tmp_path}/v2/b.tar"]
 
