@@ -89,8 +89,7 @@ class Lease:
                     self._lost = f"could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
                     break
         if self._lost and not self._stop.is_set():
-            # A real signal: _thread.interrupt_main() would not wake a thread that waits for a shard.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does; _thread.interrupt_main() would not end a wait
 
     def _is_mine(self, *, or_gone: bool = False) -> bool:
         holder = _read(self._url)

@@ -56,7 +56,9 @@ def test_stages_do_not_see_each_others_pieces(output):
     assert manifest.committed(output, "write").keys() == {4}
 
 
-@pytest.mark.parametrize("name", [".00000001.json.77.ab12.tmp", "00000001.json.tmp", "._00000001.json", "notes.json", "x"])
+@pytest.mark.parametrize(
+    "name", [".00000001.json.77.ab12.tmp", "00000001.json.tmp", "._00000001.json", "notes.json", "x"]
+)
 def test_a_file_that_is_no_manifest_is_not_looked_at(output, name):
     manifest.commit(output, "embed", 0, {}, made_by=MADE_BY)
     storage.write_bytes(storage.join(output, "manifest", "embed", name), b"{half of a rec")
@@ -74,7 +76,9 @@ def test_a_damaged_manifest_is_named(output, text):
 def test_a_newer_format_is_refused(output):
     newer = {"format_version": FORMAT_VERSION + 1}
     storage.write_bytes(manifest.url_of(output, "embed", 0), json.dumps(newer).encode())
-    with pytest.raises(ValueError, match=f"00000000.json has format_version {FORMAT_VERSION + 1}, this code reads up to"):
+    with pytest.raises(
+        ValueError, match=f"00000000.json has format_version {FORMAT_VERSION + 1}, this code reads up to"
+    ):
         manifest.committed(output, "embed")
 
 

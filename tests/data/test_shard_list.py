@@ -57,7 +57,7 @@ def test_a_number_is_given_once_and_means_the_same_bytes_for_ever(listings, rand
 @given(st.lists(LISTING, max_size=8))
 def test_by_content_too_a_number_means_the_same_bytes_for_ever(listings):
     shards: list[Shard] = []
-    meaning: dict[int, tuple[str, str]] = {}
+    meaning: dict[int, tuple[str, str | None]] = {}
     for listing in listings:
         # Two of the three fingerprints are of the same bytes: a copy with another time.
         content = {url: {"1": "x", "2": "x", "3": "y"}.get(mark, "") for url, mark in listing}
@@ -127,7 +127,11 @@ def test_only_shards_that_were_read_and_are_there_are_hashed():
     "shards",
     [
         [],
-        [Shard(0, "/pool/ü b.tar", "10:5"), Shard(1, "s3://b/a.tar", "", "ab" * 32, 0, True), Shard(2, "", "x", "", 2**40)],
+        [
+            Shard(0, "/pool/ü b.tar", "10:5"),
+            Shard(1, "s3://b/a.tar", "", "ab" * 32, 0, True),
+            Shard(2, "", "x", "", 2**40),
+        ],
     ],
 )
 def test_a_saved_list_comes_back(output, shards):
@@ -156,7 +160,9 @@ def written(output, table):
 def test_a_newer_format_is_refused(output):
     schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION + 1)})
     written(output, pa.Table.from_pylist([], schema=schema))
-    with pytest.raises(ValueError, match=f"shards.parquet has format_version {FORMAT_VERSION + 1}, this code reads up to"):
+    with pytest.raises(
+        ValueError, match=f"shards.parquet has format_version {FORMAT_VERSION + 1}, this code reads up to"
+    ):
         shard_list.load(output)
 
 

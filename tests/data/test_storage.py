@@ -57,11 +57,21 @@ class TestNames:
         (tmp_path / "pool").mkdir()
         monkeypatch.chdir(tmp_path / "pool")
         place = f"{tmp_path}/pool/x.tar"
-        spellings = ["x.tar", "./x.tar", "../pool/x.tar", place, f"file://{place}", f"/{place}", f"{tmp_path}//pool/./x.tar"]
+        spellings = [
+            "x.tar",
+            "./x.tar",
+            "../pool/x.tar",
+            place,
+            f"file://{place}",
+            f"/{place}",
+            f"{tmp_path}//pool/./x.tar",
+        ]
         assert {storage.absolute(spelling) for spelling in spellings} == {place}
         assert storage.absolute("memory://a/b") == storage.absolute("memory:///a/b") == "memory:///a/b"
 
-    @pytest.mark.parametrize("name", ["a b.tar", "ü日本.tar", "a#b.tar", "a%20b.tar", "%.tar", "a::b.tar", "a?b=c.tar", "[1]*.tar"])
+    @pytest.mark.parametrize(
+        "name", ["a b.tar", "ü日本.tar", "a#b.tar", "a%20b.tar", "%.tar", "a::b.tar", "a?b=c.tar", "[1]*.tar"]
+    )
     def test_odd_characters_of_a_local_name_are_literal(self, tmp_path, name):
         url = f"{tmp_path}/{name}"
         storage.write_bytes(url, b"odd")
@@ -112,6 +122,14 @@ class TestReadAndWrite:
         storage.write_bytes(url, b"a long one")
         storage.write_bytes(url, b"short")
         assert storage.read_bytes(url) == b"short"
+
+    def test_who_reads_the_old_file_reads_on_in_the_old_one(self, folder):
+        url = storage.join(folder, "a.bin")
+        storage.write_bytes(url, b"the old file")
+        with storage.open_read(url) as old:
+            assert old.read(4) == b"the "
+            storage.write_bytes(url, b"something new")
+            assert old.read() == b"old file"
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_an_exception_leaves_the_old_file_whole_and_nothing_else(self, folder, error):
@@ -262,7 +280,9 @@ class TestListShards:
     def test_globs_brace_lists_and_joined_patterns_name_shards_sorted_and_once(self, folder):
         for name in ("00000", "00001", "00002", "b/00000", "notes"):
             storage.write_bytes(storage.join(folder, f"{name}.tar"), b"x")
-        listed = urls("::".join(storage.join(folder, p) for p in ("b/*.tar", "{00001..00002}.tar", "0000[01].tar", "b")))
+        listed = urls(
+            "::".join(storage.join(folder, p) for p in ("b/*.tar", "{00001..00002}.tar", "0000[01].tar", "b"))
+        )
         assert listed == [storage.join(folder, f"{name}.tar") for name in ("00000", "00001", "00002", "b/00000")]
 
     def test_a_folder_means_its_own_tars(self, folder):

@@ -31,7 +31,9 @@ def whole(blocks):
 
 @settings(max_examples=150, deadline=None)
 @given(words=UIDS, sample=UIDS, splits=st.lists(st.integers(0, 60), max_size=4).map(sorted), seed=st.integers(0, 9))
-def test_any_uids_in_any_parts_between_any_splitters_come_back_as_an_in_memory_sort_has_them(words, sample, splits, seed):
+def test_any_uids_in_any_parts_between_any_splitters_come_back_as_an_in_memory_sort_has_them(
+    words, sample, splits, seed
+):
     addresses = np.random.default_rng(seed).permutation(len(words)).astype(np.int64) - 5
     bounds = splitters(sample, num_rows=len(words), rows_per_bucket=4)
     blocks = sort(words, addresses, bounds=bounds, splits=splits)
@@ -78,7 +80,12 @@ def test_buckets_are_even_whatever_the_uids_look_like(tmp_path, uids):
 def test_without_a_good_sample_no_block_is_larger_than_two_buckets(uids):
     words = uids(20_000, np.random.default_rng(1))
     poor = words[:2]
-    blocks = sort(words, np.arange(len(words)), bounds=splitters(poor, num_rows=20_000, rows_per_bucket=1_000), rows_per_bucket=1_000)
+    blocks = sort(
+        words,
+        np.arange(len(words)),
+        bounds=splitters(poor, num_rows=20_000, rows_per_bucket=1_000),
+        rows_per_bucket=1_000,
+    )
     assert max(map(len, blocks)) <= 2_000
     assert whole(blocks).tolist() == in_memory(words, np.arange(len(words)))
 
@@ -86,7 +93,9 @@ def test_without_a_good_sample_no_block_is_larger_than_two_buckets(uids):
 def test_a_uid_that_alone_fills_many_buckets_is_one_block_and_its_neighbours_are_not():
     words = np.zeros((9_000, 2), np.uint64)
     words[::3, 1] = np.arange(3_000)
-    blocks = sort(words, np.arange(9_000), bounds=splitters(words, num_rows=9_000, rows_per_bucket=500), rows_per_bucket=500)
+    blocks = sort(
+        words, np.arange(9_000), bounds=splitters(words, num_rows=9_000, rows_per_bucket=500), rows_per_bucket=500
+    )
     assert whole(blocks).tolist() == in_memory(words, np.arange(9_000))
     heavy = [block for block in blocks if (block["low"] == 0).any()]
     assert len(heavy) == 1

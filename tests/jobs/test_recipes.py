@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from curation.columns import FORMAT_VERSION
+from curation.recipe import CurateRecipe, Select, Threshold
+from jobs.recipes import RECIPES, load_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_named_recipe_bears_its_name_and_round_trips(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    (tmp_path / "saved.json").write_text(recipe.model_dump_json())
+    assert load_recipe(str(tmp_path / "saved.json")) == recipe
+
+
+def test_debug_needs_no_gpu_and_no_download():
+    recipe = load_recipe("debug")
+    assert (recipe.compute.device, recipe.embed.model) == ("cpu", "nano")
+    assert recipe.embed.pretrained is None
+    assert recipe.embed.checkpoint is None
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "debug"])
+def test_every_other_recipe_ranks_by_trained_weights(name):
+    assert load_recipe(name).embed.pretrained
+
+
+def test_laion_keeps_what_scores_at_least_0_28():
+    assert load_recipe("laion").selection == (Select(method={"name": "clip_score"}, min_score=0.28),)
+
+
+def test_a_runs_own_recipe_json_runs_it_again(tmp_path):
+    recipe = CurateRecipe(selection=(Threshold(column="json.punsafe", at_most=0.5),), output="/out", seed=3)
+    whole = {"format_version": FORMAT_VERSION, "recipe": recipe.model_dump(mode="json"), "versions": {"torch": "2"}}
+    (tmp_path / "recipe.json").write_text(json.dumps(whole))
+    assert load_recipe(str(tmp_path / "recipe.json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "smal",
+            r"no recipe 'smal': known are debug, small, medium, large, laion, or a \.json file; did you mean 'small'\?",
+        ),
+        ("zzz", r"no recipe 'zzz': known are .* \.json file$"),
+        ("absent.json", r"no recipe 'absent\.json': known are"),
+        ("", "no recipe '': known are"),
+    ],
+)
+def test_an_unknown_name_is_told_what_there_is(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Expecting value"),
+        ("{half", "Expecting property name"),
+        ("[]", "Input should be an object"),
+        ("\xff", "codec can't decode"),
+        ('{"sede": 1}', "sede"),
+        ('{"recipe": {"seed": -1}}', "seed"),
+        ('{"format_version": 99, "news": 1}', "format_version 99 is newer than this code's"),
+        ('{"recipe": {"format_version": 99, "news": 1}}', "format_version 99 is newer"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_with_the_reason(tmp_path, text, message):
+    (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"(?s)bad\.json is no recipe of ours: .*{message}"):
+        load_recipe(str(tmp_path / "bad.json"))
