@@ -1,6 +1,6 @@
 """Every column that flows through a run: its name, Arrow type and meaning. Nothing else names a column.
 
-A column has one value per row; a run value has none (a scale, a threshold) and is passed to selectors beside the columns.
+A column has one value per row; a run value has none (a scale, a threshold) and reaches selectors beside the columns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ SELECTED_SCHEMA = pa.schema(
     ]
 )
 
-DROPS_SCHEMA = pa.schema([("uid", pa.string()), ("shard", pa.string()), ("offset", pa.int64()), ("reason", pa.string())])
+DROPS_SCHEMA = pa.schema(
+    [("uid", pa.string()), ("shard", pa.string()), ("offset", pa.int64()), ("reason", pa.string())]
+)
 
 RUN_VALUES = frozenset(
     {

@@ -11,7 +11,7 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from curation.columns import FORMAT_VERSION, JSON_PREFIX
 from curation.data.shards import ReadRules
@@ -67,7 +67,7 @@ class Embed(Part):
     checkpoint: str | None = Field(default=None, min_length=1)
     """A local checkpoint instead; a state dict that fits the model."""
     seed: int = Field(default=0, ge=0)
-    """Seed of random weights, when neither tag nor checkpoint is given."""
+    """Seed of random weights, when neither tag nor checkpoint is given; a run with such weights says so."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     resize: Literal["exact"] = "exact"
@@ -80,6 +80,11 @@ class Embed(Part):
         if self.pretrained and self.checkpoint:
             raise ValueError(f"give pretrained or checkpoint, got both: {self.pretrained!r}, {self.checkpoint!r}")
         return self
+
+    @property
+    def has_random_weights(self) -> bool:
+        """True if the scores mean nothing."""
+        return self.pretrained is None and self.checkpoint is None
 
 
 class Compute(Part):
@@ -170,7 +175,14 @@ class Select(Part):
         return load_selector(self.name, **fields)
 
 
-Step = Threshold | Select
+def _kind_of_step(step: Any) -> str:
+    """A filter names a column, a selector a method; so an error is told about the one that was meant."""
+    if isinstance(step, dict):
+        return "filter" if "column" in step else "selector"
+    return "filter" if isinstance(step, Threshold) else "selector"
+
+
+Step = Annotated[Annotated[Threshold, Tag("filter")] | Annotated[Select, Tag("selector")], Discriminator(_kind_of_step)]
 _STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
 
 

@@ -30,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     known, rest = parser.parse_known_args(arguments)
     if known.recipe is None:
-        print(f"usage: python -m jobs.curate RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(RECIPES)}, or a .json file; "
-              "python -m jobs.curate RECIPE --help lists the fields.", file=sys.stderr)
+        print(
+            f"usage: python -m jobs.curate RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(RECIPES)}, or a .json file; "
+            "python -m jobs.curate RECIPE --help lists the fields.",
+            file=sys.stderr,
+        )
         return EXIT_USAGE
     try:
         recipe = tyro.cli(
@@ -40,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if known.dry_run:
             print_plan(recipe, make_plan(recipe))
             return EXIT_OK
+        if recipe.embed.has_random_weights:
+            print(f"note: {recipe.embed.model} has random weights, so its scores mean nothing", file=sys.stderr)
         summary = curate(recipe, watch=Progress())
     except OutputInUse as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,7 +97,8 @@ def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
     """What a run of this recipe would do."""
     retired = sum(shard.retired for shard in plan.shards)
     print(f"recipe {recipe.name}: {recipe.embed.model} on {recipe.compute.device}, output {recipe.output}")
-    print(f"pool: {len(plan.pool):,} shards; {len(plan.todo):,} to embed, {retired:,} retired, {len(plan.absent):,} absent")
+    counts = f"{len(plan.todo):,} to embed, {retired:,} retired, {len(plan.absent):,} absent"
+    print(f"pool: {len(plan.pool):,} shards; {counts}")
     for shard in plan.todo[:5]:
         print(f"  embed  {shard.number:08d}  {shard.url}")
     if len(plan.todo) > 5:

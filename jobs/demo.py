@@ -1,9 +1,9 @@
 """`python -m jobs.demo`: the whole engine on a pool that it makes itself, in a few minutes on two cores.
 
-Makes a pool of rendered image-text pairs, most of them junk; trains a small reference CLIP on a small clean set; curates
-the pool with `jobs.curate`'s own pipeline; and, since the truth about each sample is recorded aside, says how much junk
-was in the pool and how much is in the kept set. Nothing here sees the truth before the last step. Run again, it does
-only what is not done.
+Makes a pool of rendered image-text pairs, most of them junk; trains a small reference CLIP on a small clean set;
+curates the pool with `jobs.curate`'s own pipeline; and, since the truth about each sample is recorded aside, says how
+much junk was in the pool and how much is in the kept set. Nothing here sees the truth before the last step. Run again,
+it does only what is not done.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     _say("4/4 the truth about the pool, and about what was kept")
     print_junk(known.folder / "run", pool)
     print(f"\nThe kept set: {known.folder}/run/shards/*.tar; who is who: {known.folder}/run/selection/selected.parquet")
-    print(f"Everything else: {known.folder}/run (tables, drops, manifests, README.md). {time.time() - begun:.0f} s in all.")
+    print(f"Everything else: {known.folder}/run (tables, drops, manifests, README.md)")
+    print(f"{time.time() - begun:.0f} s in all")
     return EXIT_OK
 
 
 def _pool(folder: Path, *, samples: int) -> DemoPool:
     _say(f"1/4 a pool of {samples:,} rendered image-text pairs, about two thirds of them junk")
-    return make_pool(folder, samples=samples, report=lambda done, total: _show(f"  {done}/{total} shards", done == total))
+    return make_pool(
+        folder, samples=samples, report=lambda done, total: _show(f"  {done}/{total} shards", done == total)
+    )
 
 
 def _reference(folder: Path, *, num_pairs: int, num_steps: int) -> Path:

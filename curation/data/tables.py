@@ -8,6 +8,7 @@ that differs is text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -161,8 +162,9 @@ def _leaf(field: pa.Field) -> str:
     return path
 
 
-def read(output: str, shard_number: int, columns: Iterable[str] | None = None) -> pa.Table:
-    """Columns of one shard's table (all, if none are named); a named json column that the shard lacks is null."""
+@contextlib.contextmanager
+def _opened(output: str, shard_number: int) -> Iterator[pq.ParquetFile]:
+    """A shard's table, opened. ValueError if its format is newer than this code."""
     with storage.open_read(url_of(output, shard_number)) as file:
         parquet = pq.ParquetFile(file)
         version = int((parquet.schema_arrow.metadata or {}).get(b"format_version", b"0"))
@@ -171,6 +173,18 @@ def read(output: str, shard_number: int, columns: Iterable[str] | None = None) -
                 f"{url_of(output, shard_number)} has format_version {version}, "
                 f"this code reads up to {FORMAT_VERSION}: update curation"
             )
+        yield parquet
+
+
+def column_names(output: str, shard_number: int) -> list[str]:
+    """The columns of one shard's table."""
+    with _opened(output, shard_number) as parquet:
+        return parquet.schema_arrow.names
+
+
+def read(output: str, shard_number: int, columns: Iterable[str] | None = None) -> pa.Table:
+    """Columns of one shard's table (all, if none are named); a named json column that the shard lacks is null."""
+    with _opened(output, shard_number) as parquet:
         if columns is None:
             return parquet.read()
         wanted = list(columns)

@@ -1,8 +1,8 @@
 """The fused stage: one shard in, one committed piece out. Bytes, pixels and embeddings never leave the actor.
 
-A reader thread streams the tar, a few threads decode and tokenise ahead, the model embeds fixed-size batches, the shard's
-table is written and its manifest commits it. A batch never crosses a shard and the last one is padded, so a piece's bytes
-depend on the shard alone, whatever else runs, dies or is retried.
+A reader thread streams the tar, a few threads decode and tokenise ahead, the model embeds fixed-size batches, the
+shard's table is written and its manifest commits it. A batch never crosses a shard and the last one is padded, so a
+piece's bytes depend on the shard alone, whatever else runs, dies or is retried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from curation import addresses
 from curation.data import manifest, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.shards import ReadRules, Sample, ShardReader
-from curation.models.clip import Towers, load_towers
+from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
 
 STAGE = "embed"
@@ -40,7 +40,7 @@ class EmbedSpec:
     pretrained: str | None
     checkpoint: str | None
     seed: int
-    precision: str
+    precision: Precision
     device: str
     batch_size: int
     decode_threads: int
@@ -139,7 +139,9 @@ class ShardEmbed:
             size = error.width, error.height
             return Decoded(bare, error.reason, None, None, *size, time.perf_counter() - begun, decoded=True)
         tokens = self._towers.tokenize([sample.caption])[0]
-        return Decoded(bare, None, decoded.pixels, tokens, decoded.width, decoded.height, time.perf_counter() - begun, True)
+        return Decoded(
+            bare, None, decoded.pixels, tokens, decoded.width, decoded.height, time.perf_counter() - begun, True
+        )
 
     def _embed(self, rows: list[Decoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image and text embeddings (n, D) float16 and scores (n,) float32 of at most `batch_size` rows.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,56 +87,84 @@ class Summary:
 
 
 def make_plan(recipe: CurateRecipe) -> Plan:
-    """List the pool and hold it against what is committed. Touches nothing. ValueError if the pool is empty."""
-    if not recipe.pool.shards:
-        raise ValueError("pool.shards is empty: name the shards, as in --pool.shards 'folder/{00000..00041}.tar'")
-    if not recipe.output:
-        raise ValueError("output is empty: name a folder or URL for the run, as in --output DIR")
+    """List the pool and hold it against what is committed. Touches nothing.
+
+    ValueError if the recipe names no pool or no output, the pool is empty, or shard list and manifests do not fit.
+    """
+    recipe = _resolved(recipe)
     listed = storage.list_shards(recipe.pool.shards)
     committed = manifest.committed(recipe.output, EMBED_STAGE)
-    known = [_with_content(shard, committed) for shard in shard_list.load(recipe.output)]
+    known = shard_list.load(recipe.output)
+    for number, record in committed.items():
+        if number >= len(known) or known[number].url != record["url"]:
+            raise ValueError(
+                f"shard {number} is committed as {record['url']}, but {recipe.output}/shards.parquet does not say so: "
+                "it was lost or replaced. Restore it, or choose another output."
+            )
     content_of = storage.sha256_of if recipe.pool.verify == "content" else None
-    shards = shard_list.extend(known, listed, content_of=content_of)
+    shards = shard_list.extend([_with_content(shard, committed) for shard in known], listed, content_of=content_of)
     return Plan(listed, shards, shard_list.present(shards, listed), committed)
 
 
 def curate(recipe: CurateRecipe, *, watch: Watch | None = None) -> Summary:
     """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse if another run holds the output."""
     begun, watch = time.time(), watch or Watch()
-    recipe = recipe.model_copy(update={"output": storage.absolute(recipe.output) if recipe.output else ""})
-    make_plan(recipe)  # a pool that is not there is told before Ray starts
-    with Lease(recipe.output), cluster(recipe.compute):
-        plan = make_plan(recipe)
-        placement = place(recipe.compute, precision=recipe.embed.precision)
-        spec = _embed_spec(recipe, placement)
-        manifest.check_same_run(plan.committed, spec.made_by)
-        shard_list.save(recipe.output, plan.shards)
-        _save_recipe(recipe, spec)
-        watch.planned(plan)
-
-        records, pending = dict(plan.committed), {}
-        embedded_now: list[Record] = []
-        embed_begun = time.time()
-        for record in embed_shards(plan.todo, spec, placement):
-            watch.committed(record)
-            if "pending" in record:
-                pending[record["url"]] = record["pending"]
-            else:
-                records[record["shard"]] = record
-                embedded_now.append(record)
-        embed_seconds = time.time() - embed_begun
-
-        shards = [_with_content(shard, records) for shard in plan.shards]
-        shard_list.save(recipe.output, shards)
-        pool = [records[shard.number] for shard in plan.pool if shard.number in records]
-        summary = _summary(pool, embedded_now, plan, placement, spec, embed_seconds)
-        failures = _failures(summary, pending, max_drop_fraction=recipe.max_drop_fraction)
-        _write_drops(recipe.output, [record for record in pool if record["dropped"]])
-        if not failures:
-            summary = _select_and_write(recipe, pool, summary, spec, watch)
+    recipe = _resolved(recipe)
+    with Lease(recipe.output):
+        plan = make_plan(recipe)  # what is wrong with the pool is told before Ray starts
+        with cluster(recipe.compute):
+            embedded = _embed(recipe, plan, watch)
+            summary = _account(embedded, plan)
+            _write_drops(recipe.output, [record for record in embedded.pool if record["dropped"]])
+            failures = _failures(summary, embedded.pending, max_drop_fraction=recipe.max_drop_fraction)
+            if not failures:
+                summary = _select_and_write(recipe, embedded, summary, watch)
         summary = _replaced(summary, seconds=round(time.time() - begun, 3), failures=failures)
         storage.write_bytes(storage.join(recipe.output, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
     return summary
+
+
+def _resolved(recipe: CurateRecipe) -> CurateRecipe:
+    """The recipe with a URL of its output that every node may open. ValueError if it names no pool or no output."""
+    if not recipe.pool.shards:
+        raise ValueError("pool.shards is empty: name the shards, as in --pool.shards 'folder/{00000..00041}.tar'")
+    if not recipe.output:
+        raise ValueError("output is empty: name a folder or URL for the run, as in --output DIR")
+    return recipe.model_copy(update={"output": storage.absolute(recipe.output)})
+
+
+class _Embedded(NamedTuple):
+    """What the embedding stage leaves: the pool's records, those made now among them, and why a shard is pending."""
+
+    pool: list[Record]
+    now: list[Record]
+    pending: dict[str, str]
+    seconds: float
+    spec: EmbedSpec
+    placement: Placement
+
+
+def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
+    placement = place(recipe.compute, precision=recipe.embed.precision)
+    spec = _embed_spec(recipe, placement)
+    manifest.check_same_run(plan.committed, spec.made_by)
+    shard_list.save(recipe.output, plan.shards)
+    _save_recipe(recipe, spec)
+    watch.planned(plan)
+    begun = time.time()
+    now: list[Record] = []
+    pending: dict[str, str] = {}
+    for record in embed_shards(plan.todo, spec, placement):
+        watch.committed(record)
+        if "pending" in record:
+            pending[record["url"]] = record["pending"]
+        else:
+            now.append({name: value for name, value in record.items() if name != "batch_ends"})
+    seconds = time.time() - begun
+    records = plan.committed | {record["shard"]: record for record in now}
+    shard_list.save(recipe.output, [_with_content(shard, records) for shard in plan.shards])
+    pool = [records[shard.number] for shard in plan.pool if shard.number in records]
+    return _Embedded(pool, now, pending, seconds, spec, placement)
 
 
 def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
@@ -174,9 +202,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
         torch_threads=compute.torch_threads,
         max_pixels=recipe.pool.max_pixels,
         rules=recipe.pool.read_rules(),
-        made_by=recipe.embedded_by(
-            weights_digest=weights, device=placement.device, precision=placement.precision
-        ),
+        made_by=recipe.embedded_by(weights_digest=weights, device=placement.device, precision=placement.precision),
     )
 
 
@@ -197,51 +223,53 @@ def _with_content(shard: Shard, records: dict[int, Record]) -> Shard:
     return shard if record is None else shard._replace(sha256=record["sha256"], rows=record["read"])
 
 
-def _summary(
-    pool: Sequence[Record],
-    embedded_now: Sequence[Record],
-    plan: Plan,
-    placement: Placement,
-    spec: EmbedSpec,
-    embed_seconds: float,
-) -> Summary:
-    dropped, warnings = Counter(), Counter()
-    for record in pool:
+def _account(embedded: _Embedded, plan: Plan) -> Summary:
+    """The pool's account, and the rates of what was embedded now."""
+    dropped: Counter[str] = Counter()
+    warnings: Counter[str] = Counter()
+    for record in embedded.pool:
         dropped.update(record["dropped"])
         warnings.update(record["warnings"])
     if plan.absent:
         warnings["shard:absent"] = len(plan.absent)
-    seconds = Counter[str]()
-    for record in embedded_now:
-        seconds.update(record["seconds"])
-    images = sum(record["embedded"] for record in embedded_now)
-    rates = {
-        "embed": images / embed_seconds if images else 0.0,
-        "decode": _rate(images, seconds["decode"], placement.actors * spec.decode_threads),
-        "forward": _rate(images, seconds["forward"], placement.actors),
-        "commit": _rate(images, seconds["write"], placement.actors),
-    }
-    spent = {"decode": seconds["wait"], "forward": seconds["forward"], "commit": seconds["write"]}
-    busiest = max(spent, key=lambda stage: spent[stage])
-    total = sum(spent.values())
+    rates, bottleneck = _rates(embedded)
     return Summary(
-        read=sum(record["read"] for record in pool),
-        embedded=sum(record["embedded"] for record in pool),
+        read=sum(record["read"] for record in embedded.pool),
+        embedded=sum(record["embedded"] for record in embedded.pool),
         dropped=dict(sorted(dropped.items())),
         selected=None,
         seconds=0.0,
-        images_per_second={stage: round(rate, 1) for stage, rate in rates.items() if rate},
-        bottleneck=f"{busiest} ({spent[busiest] / total:.0%} of the actors' time)" if total else None,
+        images_per_second=rates,
+        bottleneck=bottleneck,
         warnings=dict(sorted(warnings.items())),
         shards={
             "listed": len(plan.listed),
-            "committed": len(pool),
-            "embedded_now": len(embedded_now),
+            "committed": len(embedded.pool),
+            "embedded_now": len(embedded.now),
             "absent": len(plan.absent),
             "retired": sum(shard.retired for shard in plan.shards),
         },
-        decoded_now=sum(record["decoded"] for record in embedded_now),
+        decoded_now=sum(record["decoded"] for record in embedded.now),
     )
+
+
+def _rates(embedded: _Embedded) -> tuple[dict[str, float], str | None]:
+    """Images/s by stage (`embed` in all, the others if they alone held the actors), and where the actors' time went."""
+    seconds: Counter[str] = Counter()
+    for record in embedded.now:
+        seconds.update(record["seconds"])
+    images = sum(record["embedded"] for record in embedded.now)
+    actors = embedded.placement.actors
+    rates = {
+        "embed": _rate(images, embedded.seconds, 1),
+        "decode": _rate(images, seconds["decode"], actors * embedded.spec.decode_threads),
+        "forward": _rate(images, seconds["forward"], actors),
+        "commit": _rate(images, seconds["write"], actors),
+    }
+    spent = {"decode": seconds["wait"], "forward": seconds["forward"], "commit": seconds["write"]}
+    busiest, total = max(spent, key=lambda stage: spent[stage]), sum(spent.values())
+    bottleneck = f"{busiest} ({spent[busiest] / total:.0%} of the actors' time)" if total else None
+    return {stage: round(rate, 1) for stage, rate in rates.items() if rate}, bottleneck
 
 
 def _rate(images: int, seconds: float, workers: int) -> float:
@@ -256,7 +284,7 @@ def _failures(summary: Summary, pending: dict[str, str], *, max_drop_fraction: f
     if num_dropped > max_drop_fraction * summary.read:
         failures.append(
             f"{num_dropped} of {summary.read} samples were dropped ({num_dropped / summary.read:.1%}), more than "
-            f"max_drop_fraction {max_drop_fraction:.1%}. What was embedded is committed; raise the limit and run again, "
+            f"max_drop_fraction {max_drop_fraction:.1%}. What was embedded is committed; raise it and run again, "
             f"or look at drops.parquet. Reasons: {summary.dropped}"
         )
     return failures
@@ -264,16 +292,17 @@ def _failures(summary: Summary, pending: dict[str, str], *, max_drop_fraction: f
 
 def _write_drops(output: str, records: Sequence[Record]) -> None:
     """drops.parquet: every dropped sample of the pool with its reason, in order of address."""
-    with storage.write_atomic(storage.join(output, "drops.parquet")) as file, pq.ParquetWriter(file, DROPS_SCHEMA) as out:
+    with (
+        storage.write_atomic(storage.join(output, "drops.parquet")) as file,
+        pq.ParquetWriter(file, DROPS_SCHEMA) as out,
+    ):
         for record in sorted(records, key=lambda record: record["shard"]):
             table = tables.read(output, record["shard"], ["uid", "shard", "offset", "reason", "status"])
-            out.write_table(table.filter(pc.equal(table["status"], "dropped")).select(DROPS_SCHEMA.names))
+            out.write_table(table.filter(pc.field("status") == "dropped").select(DROPS_SCHEMA.names))
 
 
-def _select_and_write(
-    recipe: CurateRecipe, pool: Sequence[Record], summary: Summary, spec: EmbedSpec, watch: Watch
-) -> Summary:
-    numbers = sorted(record["shard"] for record in pool)
+def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summary, watch: Watch) -> Summary:
+    numbers = sorted(record["shard"] for record in embedded.pool)
     watch.stage("select")
     begun = time.time()
     selected = selection.select(
@@ -284,7 +313,7 @@ def _select_and_write(
     begun = time.time()
     written = write_selection(recipe, numbers, selected, num_read=summary.read)
     write_seconds = time.time() - begun
-    waterfall = [tuple(count) for count in selected.counts]
+    waterfall = [(count.name, count.rows_in, count.rows_out) for count in selected.counts]
     facts = card.CardFacts(
         recipe_name=recipe.name,
         shards=recipe.pool.shards,
@@ -295,11 +324,13 @@ def _select_and_write(
         waterfall=waterfall,
         selected=selected.rows,
         licences=written.licences,
-        embedded_by=spec.made_by,
+        embedded_by=embedded.spec.made_by,
         versions=versions.packages(),
     )
     for folder in ("", "shards") if recipe.write.tars else ("",):
-        storage.write_bytes(storage.join(recipe.output, *filter(None, [folder]), "README.md"), card.card(facts).encode())
+        storage.write_bytes(
+            storage.join(recipe.output, *filter(None, [folder]), "README.md"), card.card(facts).encode()
+        )
     rates = {
         **summary.images_per_second,
         "select": round(summary.embedded / select_seconds, 1),

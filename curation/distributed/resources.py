@@ -10,11 +10,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ray
 from ray.data import DataContext
 
+from curation.models.clip import Precision
 from curation.recipe import Compute
 
 NO_PROGRESS_TIMEOUT_S = 600
@@ -24,7 +25,7 @@ class Placement(NamedTuple):
     """The embedding actors: how many, and what each takes."""
 
     device: str
-    precision: str
+    precision: Precision
     actors: int
     num_cpus: float
     num_gpus: float
@@ -52,8 +53,8 @@ def cluster(compute: Compute) -> Iterator[None]:
 
 
 def _start_local(compute: Compute) -> None:
-    # With a token at hand and no mode set, ray.init turns token authentication on; without one it would leave a token of
-    # its own in the home folder. Setting the mode here would come too late: Ray reads it when it is imported.
+    # With a token at hand and no mode set, ray.init turns token authentication on; without one it would leave a token
+    # of its own in the home folder. Setting the mode here would come too late: Ray reads it when it is imported.
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus = len(os.sched_getaffinity(0))
@@ -100,8 +101,8 @@ def _quieten() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
-def place(compute: Compute, *, precision: str) -> Placement:
-    """Actors for the connected cluster. ValueError if it has no GPU where one is asked for, or too few for the actors."""
+def place(compute: Compute, *, precision: Precision | Literal["auto"]) -> Placement:
+    """Actors for the connected cluster. ValueError if it lacks a GPU that is asked for, or enough for all."""
     resources = ray.cluster_resources()
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")

@@ -1,14 +1,15 @@
 """Selection over committed tables: exact, resumable by redoing, in memory that does not grow with the pool.
 
 A selection is a list of steps, each applied to what the one before it left. Every step boils down to a test of a row by
-itself: a threshold on a column, or a selector's key against a cut that keeps exactly the top k. So what a task must know
-of all earlier steps is a few numbers, and no mask of the pool is ever stored. Cuts come from `numerics.sampling`: two
-passes over the key column in the usual case. Repeats of a uid are folded first, by a sort on disk: the lowest address
-stays.
+itself: a threshold on a column, or a selector's key against a cut that keeps exactly the top k. So what a task must
+know of all earlier steps is a few numbers, and no mask of the pool is ever stored. Cuts come from `numerics.sampling`:
+two passes over the key column in the usual case. Repeats of a uid are folded first, by a sort on disk: the lowest
+address stays.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import tempfile
@@ -64,7 +65,7 @@ class StepCount(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The outcome over a pool: `decided` tests every row, `counts` is the waterfall, `uid_bounds` part the uids evenly."""
+    """The outcome over a pool: `decided` tests a row, `counts` is the waterfall, `uid_bounds` part the uids evenly."""
 
     decided: list[Decided]
     counts: list[StepCount]
@@ -79,6 +80,7 @@ class Selected(NamedTuple):
 def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequence[Step], seed: int) -> Selected:
     """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped."""
     groups = in_groups(numbers)
+    _check_columns(output, groups, steps)
     bounds = _uid_bounds(output, numbers, embedded=embedded)
     rows = embedded - _fold_duplicates(output, groups, bounds)
     counts = [StepCount("duplicate_uid", embedded, rows)]
@@ -96,6 +98,19 @@ def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequenc
 def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
     """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license."""
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
+
+
+def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
+    """ValueError if a filter would remove every row because no shard has its column, as a mistyped name would."""
+    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"}
+    if not wanted or not groups:
+        return
+    known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
+    for name in sorted(wanted - known):
+        numbers = sorted(column for column in known if column.startswith(JSON_PREFIX))
+        nearest = difflib.get_close_matches(name, numbers, n=1, cutoff=0.0)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {numbers}")
 
 
 def _seed_of_step(seed: int, place: int) -> int:
@@ -154,10 +169,14 @@ def _search(output: str, groups: list[list[int]], decided: list[Decided], *, kee
 # What runs in a task: plain functions of one group of shards.
 
 
+def _column_names(output: str, numbers: list[int]) -> frozenset[str]:
+    return frozenset().union(*(tables.column_names(output, number) for number in numbers))
+
+
 def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Addresses (n,) and uids (n, 2) of the rows that were embedded."""
     table = pa.concat_tables(tables.read(output, number, ["address", "uid", "status"]) for number in numbers)
-    table = table.filter(pc.equal(table["status"], "ok"))
+    table = table.filter(pc.field("status") == "ok")
     return table["address"].to_numpy(), sampling.uid_words(table["uid"].to_pylist())
 
 
@@ -190,7 +209,7 @@ def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table
         last = ranked[-1].step
         assert isinstance(last, Select)
         score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
-    licenses = pc.coalesce(*(tables.as_text(table[name]) for name in LICENSE_COLUMNS))
+    licenses = pc.call_function("coalesce", [tables.as_text(table[name]) for name in LICENSE_COLUMNS])
     kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
     return kept.append_column("license", licenses).filter(pa.array(_surviving(table, decided)))
 
@@ -204,7 +223,7 @@ def _candidates(output: str, number: int, columns: frozenset[str]) -> pa.Table:
     table = tables.read(output, number, sorted(columns | {"address", "status"}))
     first = np.ones(table.num_rows, dtype=bool)
     first[addresses.row_of(_duplicates_in(output, number))] = False
-    return table.filter(pc.and_(pc.equal(table["status"], "ok"), pa.array(first)))
+    return table.filter(pa.array(first)).filter(pc.field("status") == "ok")
 
 
 def _duplicates_in(output: str, number: int) -> np.ndarray:
@@ -214,7 +233,8 @@ def _duplicates_in(output: str, number: int) -> np.ndarray:
         duplicates = np.load(storage.absolute(url), mmap_mode="r", allow_pickle=False)
     else:
         duplicates = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-    begin, end = np.searchsorted(duplicates, addresses.pack(number, np.asarray([0])) + [0, addresses.MAX_ROWS_PER_SHARD])
+    first = addresses.pack(number, np.asarray([0]))[0]
+    begin, end = np.searchsorted(duplicates, [first, first + addresses.MAX_ROWS_PER_SHARD])
     return duplicates[begin:end]
 
 

@@ -1,7 +1,7 @@
 """The kept set, written: subset file, table, and tars, one Ray task per tar.
 
-A tar is a piece: its manifest, written last, bears the digest of the rows it was made from, so a tar that is there is not
-written again, and one that belongs to a former selection is replaced or removed.
+A tar is a piece: its manifest, written last, bears the digest of the rows it was made from, so a tar that is there is
+not written again, and one that belongs to a former selection is replaced or removed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`python -m jobs.benchmark embed`: jobs.curate's embedding against a hand-written loop on the same cores.
 
-Both read the same tars, decode with the same open_clip transform, tokenise, and run the same model in batches of the same
-size, in as many processes with as many threads. The loop writes nothing and accounts for nothing. Rates are at steady
-state, between 15% and 85% of the rows, so neither side's start-up counts; wall time is reported beside them.
+Both read the same tars, decode with the same open_clip transform, tokenise, and run the same model in batches of the
+same size, in as many processes with as many threads. The loop writes nothing and accounts for nothing. Rates are at
+steady state, between 15% and 85% of the rows, so neither side's start-up counts; wall time is reported beside them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from curation.data.storage import list_shards
 from jobs.benchmarks.pairs import interleaved, paired_ratio, provenance
@@ -60,12 +60,14 @@ def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
         wall = paired_ratio([(b.wall, a.wall) for a, b in zip(ours, rivals, strict=True)])
         print(f"images/s over the wall time, start-up included:      {wall}")
         short = ratio.high < TARGET_RATIO
-        print(f"target {TARGET_RATIO}: {'short' if short else 'met' if ratio.median >= TARGET_RATIO else 'not told apart'}")
+        outcome = "short" if short else "met" if ratio.median >= TARGET_RATIO else "not told apart"
+        print(f"target {TARGET_RATIO}: {outcome}")
 
         base = _demo_pool(Path(folder) / "one", samples=200 if tiny else 4_000)
         grown = _demo_pool(Path(folder) / "four", samples=POOL_GROWTH * (200 if tiny else 4_000))
         memory = [_run("ours", pool, str(Path(folder) / name)).peak_mib for pool, name in ((base, "m1"), (grown, "m4"))]
-        print(f"peak memory of a {POOL_GROWTH}x larger pool: {memory[1]:,.0f} / {memory[0]:,.0f} MiB = {memory[1] / memory[0]:.3f}")
+        growth = memory[1] / memory[0]
+        print(f"peak memory of a {POOL_GROWTH}x larger pool: {memory[1]:,.0f} / {memory[0]:,.0f} MiB = {growth:.3f}")
     return {
         **provenance(),
         "benchmark": "embed",
@@ -75,7 +77,7 @@ def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
         "wall_ratio": wall._asdict(),
         "ours": [asdict(run) for run in ours],
         "rival": [asdict(run) for run in rivals],
-        "peak_memory_mib": {"pool": memory[0], f"pool_x{POOL_GROWTH}": memory[1], "ratio": memory[1] / memory[0]},
+        "peak_memory_mib": {"pool": memory[0], f"pool_x{POOL_GROWTH}": memory[1], "ratio": growth},
         "target": {"steady_ratio": TARGET_RATIO, "short": short, "memory_ratio": TARGET_MEMORY},
     }
 
@@ -187,7 +189,8 @@ def _rival(pattern: str) -> list[tuple[float, int]]:
     n = _processes()
     command = [sys.executable, "-m", "jobs.benchmarks.embed", "rival-worker"]
     workers = [
-        subprocess.Popen([*command, "::".join(tars[rank::n]), ""], stdout=subprocess.PIPE, text=True) for rank in range(n)
+        subprocess.Popen([*command, "::".join(tars[rank::n]), ""], stdout=subprocess.PIPE, text=True)
+        for rank in range(n)
     ]
     ends: list[tuple[float, int]] = []
     for worker in workers:
@@ -211,6 +214,7 @@ def _rival_worker(tars: str) -> list[tuple[float, int]]:
 
     torch.set_num_threads(1)
     network = build_network("nano").eval()
+    clip = cast(Any, network.clip)
     tokenizer = load_tokenizer("nano")
     transform = image_transform_v2(network.preprocess, is_train=False)
 
@@ -237,8 +241,8 @@ def _rival_worker(tars: str) -> list[tuple[float, int]]:
 
     def forward(batch: list[Any]) -> None:
         with torch.inference_mode():
-            images = network.clip.encode_image(torch.stack([image for image, _ in batch]), normalize=True)
-            texts = network.clip.encode_text(torch.stack([text for _, text in batch]), normalize=True)
+            images = clip.encode_image(torch.stack([image for image, _ in batch]), normalize=True)
+            texts = clip.encode_text(torch.stack([text for _, text in batch]), normalize=True)
             (images * texts).sum(-1).numpy()
         ends.append((time.time(), len(batch)))
 

@@ -7,9 +7,8 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import fsspec
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
@@ -159,8 +158,8 @@ def test_a_shard_edited_while_it_is_read_is_pending_not_committed(
 class BreaksAfter(io.RawIOBase):
     """A file whose store fails after `good` bytes."""
 
-    def __init__(self, raw: BinaryIO, *, good: int):
-        self._raw, self._good = raw, good
+    def __init__(self, path: str, *, good: int):
+        self._raw, self._good = io.BytesIO(Path(path).read_bytes()), good
 
     def readable(self) -> bool:
         return True
@@ -180,7 +179,7 @@ def test_a_storage_error_in_the_middle_leaves_the_shard_pending_and_no_thread_be
 
     shard = write_shard(tmp_path / "a.tar", count=40)
     before = threading.active_count()
-    monkeypatch.setattr(storage, "open_read", lambda url: io.BufferedReader(BreaksAfter(open(url, "rb"), good=30_000)))
+    monkeypatch.setattr(storage, "open_read", lambda url: io.BufferedReader(BreaksAfter(url, good=30_000)))
     record = call(embed(), str(shard))
     assert record["pending"] == "ConnectionResetError: the store hung up"
     assert threading.active_count() == before
@@ -190,8 +189,7 @@ def test_a_shard_in_memory_is_read_as_one_on_disk(
     embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
     shard = write_shard(tmp_path / "a.tar", count=4)
-    with fsspec.open("memory://pool/a.tar", "wb") as file:
-        file.write(shard.read_bytes())
+    storage.write_bytes("memory://pool/a.tar", shard.read_bytes())
     record = call(embed(), "memory://pool/a.tar")
     assert (record["embedded"], record["bytes"]) == (4, shard.stat().st_size)
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, then the same command: the same bytes as a run that was never stopped, nothing done twice."""
+"""kill -9 at random moments, then the same command: the bytes of a run that was never stopped, nothing done twice."""
 
 from __future__ import annotations
 

@@ -73,7 +73,9 @@ def test_every_dropped_sample_is_a_row_of_drops_parquet(finished: tuple[Path, Su
 def test_the_kept_set_is_the_top_by_score(finished: tuple[Path, Summary]) -> None:
     output, summary = finished
     table = pq.read_table(output / "samples").to_pylist()
-    best = sorted((row for row in table if row["status"] == "ok"), key=lambda row: -row["clip_score"])[: summary.selected]
+    best = sorted((row for row in table if row["status"] == "ok"), key=lambda row: -row["clip_score"])[
+        : summary.selected
+    ]
     selected = pq.read_table(output / "selection" / "selected.parquet").to_pylist()
     assert {row["uid"] for row in selected} == {row["uid"] for row in best}
     assert [row["address"] for row in selected] == sorted(row["address"] for row in best)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +15,14 @@ from curation.recipe import CurateRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
-POOLS = {"flickr8k": 6_000, "cc12m-mini": 32, "emoji-noto": 2_100, "fashion": 3_000, "vietnamese": 600, "bad-input": 159}
+POOLS = {
+    "flickr8k": 6_000,
+    "cc12m-mini": 32,
+    "emoji-noto": 2_100,
+    "fashion": 3_000,
+    "vietnamese": 600,
+    "bad-input": 159,
+}
 BAD_INPUT = "bad-input/00000.tar"
 NUM_BROKEN = 37 + 30
 
@@ -62,7 +68,7 @@ def test_each_bad_file_has_the_outcome_that_its_manifest_tells(run: tuple[Path, 
 
 def test_the_pools_own_fields_are_in_the_table(run: tuple[Path, Summary]) -> None:
     tables = {Path(t["shard"][0].as_py()).parent.name: t for t in map(pq.read_table, (run[0] / "samples").iterdir())}
-    assert pc.all(pc.equal(tables["vietnamese"]["json.language"], "vi")).as_py()
+    assert set(tables["vietnamese"]["json.language"].to_pylist()) == {"vi"}
     assert "json.articleType" in tables["fashion"].column_names
     assert tables["flickr8k"].schema.field("json.width").type == "int64"
     assert len(tables["flickr8k"]["json.captions"][0]) == 5

@@ -38,7 +38,7 @@ def pool(tmp_path: Path) -> str:
             "status": ["dropped" if d else "ok" for d in dropped],
             "reason": ["image:missing" if d else None for d in dropped],
             "caption": [None] * n,
-            "width": [row for row in range(n)],
+            "width": list(range(n)),
             "height": [None] * n,
             "sha256": [None] * n,
             "image_embedding": np.zeros((int((~dropped).sum()), 4), np.float16),
@@ -115,8 +115,9 @@ def test_thresholds_keep_the_range_and_treat_nulls_as_told(pool: str) -> None:
     assert kept["address"].to_pylist() == [r["address"] for r in loose]
 
 
-def test_a_threshold_on_a_field_that_no_shard_has_keeps_nothing_or_all_as_told(pool: str) -> None:
-    assert run(pool, [Threshold(column="json.absent", at_least=0)])[0].rows == 0
+def test_a_filter_on_a_field_that_no_shard_has_is_an_error_unless_it_keeps_nulls(pool: str) -> None:
+    with pytest.raises(ValueError, match=r"no shard has a column 'json.aestetic', did you mean 'json.aesthetic'\?"):
+        run(pool, [Threshold(column="json.aestetic", at_least=0)])
     assert run(pool, [Threshold(column="json.absent", at_least=0, nulls="keep")])[0].rows == len(candidates(pool))
 
 
