@@ -185,7 +185,7 @@ class TestSteps:
             ("", "Invalid JSON"),
             ("[{]", "Invalid JSON"),
             ("{}", "valid tuple|should be a valid array"),
-            ("[{}]", "column"),
+            ("[{}]", "selector.method"),
             ('[{"column": "width", "at_most": 1, "keep": 1}]', "keep"),
             ('[{"method": {"name": "nonsense"}, "keep": 1}]', "no method is named 'nonsense'"),
         ],

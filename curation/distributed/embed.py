@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
 
 STAGE = "embed"
+CALLS_AT_A_TIME = 2
+AHEAD_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class Decoded(NamedTuple):
 
 
 class ShardEmbed:
-    """Embeds and commits shards, one a call. Called by Ray Data with batches of one shard; needs no Ray itself."""
+    """Embeds and commits shards, one a call. Called by Ray Data with batches of one shard; needs no Ray itself.
+
+    Two calls may run at a time: the model serves one shard after the other, and while it does, the next shard is read
+    and decoded ahead and the last one is written, so that it never waits between shards.
+    """
 
     def __init__(self, spec: EmbedSpec, *, towers: Towers | None = None):
         torch.set_num_threads(spec.torch_threads)
@@ -79,6 +85,7 @@ class ShardEmbed:
             device=spec.device,
         )
         self._batch_size = spec.batch_size
+        self._model = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One row (number, url, fingerprint) in, one row (record) out: the piece's account as JSON.
@@ -98,10 +105,16 @@ class ShardEmbed:
         """Embed one shard, write its table and its manifest. OSError if it cannot be read, or changed meanwhile."""
         spec = self._spec
         piece = _Piece(self._towers.embedding_dim)
-        with storage.open_read(url) as raw, ThreadPoolExecutor(spec.decode_threads, "decode") as pool:
-            reader = ShardReader(raw, url=url, rules=spec.rules)
-            ahead = 2 * spec.batch_size + spec.decode_threads
-            for rows in _batches(piece.received(_decoded(reader, pool, self._decode, ahead=ahead)), spec.batch_size):
+        ahead = AHEAD_BATCHES * spec.batch_size + spec.decode_threads
+        with (
+            storage.open_read(url) as raw,
+            ThreadPoolExecutor(spec.decode_threads, "decode") as pool,
+            _ReadAhead(
+                reader := ShardReader(raw, url=url, rules=spec.rules), pool, self._decode, ahead=ahead
+            ) as decoded,
+            self._model,
+        ):
+            for rows in _batches(piece.received(iter(decoded)), spec.batch_size):
                 forward_begun = time.perf_counter()
                 piece.embedded(rows, *self._embed(rows))
                 piece.seconds["forward"] += time.perf_counter() - forward_begun
@@ -262,39 +275,48 @@ def _padded(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])
 
 
-def _decoded(reader: ShardReader, pool: ThreadPoolExecutor, decode: Any, *, ahead: int) -> Iterator[Future[Decoded]]:
-    """Futures of the reader's samples in order, decoded by the pool; at most `ahead` wait at any time.
+class _ReadAhead:
+    """Iterates over futures of a reader's samples, in order; at most `ahead` are read, decoded and waiting at a time.
 
-    Reading runs in a thread of its own, so the tar is read while the model works. Its error is raised here.
+    Reading runs in a thread of its own from entering the `with` block on; its error is raised from the iteration.
     """
-    waiting: queue.Queue[Future[Decoded] | BaseException | None] = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
 
-    def put(item: Future[Decoded] | BaseException | None) -> bool:
-        while not stopped.is_set():
+    def __init__(
+        self, reader: ShardReader, pool: ThreadPoolExecutor, decode: Callable[[Sample], Decoded], *, ahead: int
+    ):
+        self._reader, self._pool, self._decode = reader, pool, decode
+        self._waiting: queue.Queue[Future[Decoded] | BaseException | None] = queue.Queue(maxsize=ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read", daemon=True)
+
+    def __enter__(self) -> _ReadAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Future[Decoded]]:
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _read(self) -> None:
+        try:
+            for sample in self._reader:
+                if not self._put(self._pool.submit(self._decode, sample)):
+                    return
+            self._put(None)
+        except BaseException as error:  # handed over whole: the caller's thread raises it
+            self._put(error)
+
+    def _put(self, item: Future[Decoded] | BaseException | None) -> bool:
+        while not self._stopped.is_set():
             try:
-                waiting.put(item, timeout=0.2)
+                self._waiting.put(item, timeout=0.2)
                 return True
             except queue.Full:
                 continue
         return False
-
-    def read() -> None:
-        try:
-            for sample in reader:
-                if not put(pool.submit(decode, sample)):
-                    return
-            put(None)
-        except BaseException as error:  # handed over whole: the caller's thread raises it
-            put(error)
-
-    thread = threading.Thread(target=read, name="read", daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

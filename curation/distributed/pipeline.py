@@ -22,8 +22,8 @@ from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
 from curation.distributed import versions
+from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
-from curation.distributed.embed import EmbedSpec, ShardEmbed
 from curation.distributed.resources import Placement, cluster, place
 from curation.distributed.write import write_selection
 from curation.models.clip import weights_digest
@@ -178,7 +178,12 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -
             fn_constructor_args=(spec,),
             batch_size=1,
             batch_format="numpy",
-            compute=ActorPoolStrategy(size=min(placement.actors, len(wave)), max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(
+                size=min(placement.actors, len(wave)),
+                max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
+                max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=placement.num_cpus or None,
             num_gpus=placement.num_gpus or None,
         )
