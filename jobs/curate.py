@@ -11,7 +11,6 @@ import sys
 import time
 
 import tyro
-from pydantic import ValidationError
 
 from curation.data.lease import OutputInUse
 from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
@@ -49,9 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     except OutputInUse as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_IN_USE
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        print(f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on.", file=sys.stderr)
+        return EXIT_FAILED
     print_summary(recipe, summary)
     return EXIT_FAILED if summary.failures else EXIT_OK
 

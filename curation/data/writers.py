@@ -80,7 +80,7 @@ def write_tar(folder: str, index: int, rows: pa.Table) -> int:
     The members' bytes are those of the pool. A key stays as it was, unless it could leave the folder ("../", "/",
     "\\") or has control characters, when the uid takes its place, or was used in this tar before, when "-1", "-2", ...
     follow; so do a sample's further copies. A member whose extension could do as much is left out.
-    OSError if a shard cannot be read; ValueError if it no longer holds the sample.
+    OSError if a shard cannot be read, or no longer holds the sample.
     """
     tar_name, origin_name, stats_name = _file_names(index)
     used: Counter[str] = Counter()
@@ -149,8 +149,8 @@ def _with_members(rows: pa.Table) -> Iterator[tuple[dict[str, Any], list[tuple[s
             yield row, [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
 
 
-def _edited(row: Mapping[str, Any]) -> ValueError:
-    return ValueError(f"{row['shard']} no longer holds sample {row['key']!r} at offset {row['offset']}: it was edited")
+def _edited(row: Mapping[str, Any]) -> OSError:
+    return OSError(f"{row['shard']} no longer holds sample {row['key']!r} at offset {row['offset']}: it was edited")
 
 
 def _free_key(row: Mapping[str, Any], used: Counter[str]) -> str:

@@ -79,7 +79,7 @@ def memory_growth(folder: Path, *, samples: int) -> dict[str, Any]:
     """Peak memory of our process tree for a pool, and for one POOL_GROWTH times as large."""
     sizes = {"pool": samples, f"pool_x{POOL_GROWTH}": POOL_GROWTH * samples}
     mib = {
-        name: _peak_mib(_demo_pool(folder / name, samples=size), str(folder / f"out-{name}"))
+        name: _peak_mib(_demo_pool(folder / f"pool-of-{size}", samples=size), str(folder / f"out-of-{size}"))
         for name, size in sizes.items()
     }
     one, grown = mib.values()

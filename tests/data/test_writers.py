@@ -199,7 +199,7 @@ class TestTar:
     def test_a_shard_that_no_longer_holds_the_sample_writes_nothing(self, folder, wrong):
         url = storage.join(folder, "pool.tar")
         rows = changed(write_pool(url, self.SAMPLES).slice(0, 1), **wrong)
-        with pytest.raises(ValueError, match=f"{url} no longer holds sample .* at offset .*: it was edited"):
+        with pytest.raises(OSError, match=f"{url} no longer holds sample .* at offset .*: it was edited"):
             write_tar(folder, 0, rows)
         assert storage.names_in(folder) == ["pool.tar"]
 

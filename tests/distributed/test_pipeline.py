@@ -17,7 +17,7 @@ from curation.data import shard_list
 from curation.data.lease import Lease, OutputInUse
 from curation.data.manifest import OtherRun
 from curation.distributed.pipeline import Summary, curate, make_plan
-from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold
+from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write
 
 RecipeFor = Callable[..., CurateRecipe]
 RESULTS = ("samples", "selection", "shards")
@@ -283,3 +283,36 @@ def test_an_empty_tar_is_a_shard_of_no_samples(
     summary = curate(recipe_for(str(tmp_path / "pool")))
     assert (summary.read, summary.selected, summary.failures) == (0, 0, [])
     assert len(np.load(tmp_path / "out" / "selection" / "subset.npy")) == 0
+
+
+def test_a_shard_edited_between_embedding_and_writing_stops_the_run_with_its_name(
+    write_shard: Callable[..., Path], recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shard(tmp_path / "pool" / "a.tar", count=3, seed=1)
+    recipe = recipe_for(str(path), selection=keep(1.0))
+    curate(recipe.model_copy(update={"write": Write(tars=False)}))
+    plan = make_plan(recipe)
+    write_shard(path, count=3, seed=2)
+    monkeypatch.setattr("curation.distributed.pipeline.make_plan", lambda recipe: plan)
+    with pytest.raises(OSError, match=r"a\.tar no longer holds sample '000000000' at offset 0: it was edited"):
+        curate(recipe)
+
+
+def test_a_shard_list_that_was_lost_is_an_error_not_a_new_numbering(
+    write_shard: Callable[..., Path], recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    path = write_shard(tmp_path / "pool" / "a.tar", count=2)
+    curate(recipe_for(str(path)))
+    (tmp_path / "out" / "shards.parquet").unlink()
+    with pytest.raises(ValueError, match=r"shard 0 is committed as .*a\.tar, but .*shards\.parquet does not say so"):
+        curate(recipe_for(str(path)))
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_told_as_such(
+    write_shard: Callable[..., Path], recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    path = write_shard(tmp_path / "pool" / "a.tar", count=2)
+    (tmp_path / "other.pt").write_bytes(b"no weights")
+    embed = Embed(model="nano", checkpoint=str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match=r"other\.pt does not hold weights of nano"):
+        curate(recipe_for(str(path)).model_copy(update={"embed": embed}))

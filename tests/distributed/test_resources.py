@@ -1,0 +1,49 @@
+"""How many actors of what size a recipe gets on a cluster, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from curation.distributed.resources import Placement, place
+from curation.recipe import Compute
+
+
+@pytest.fixture
+def gpu_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+
+
+@pytest.fixture
+def cpu_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0})
+
+
+@pytest.mark.usefixtures("gpu_cluster")
+def test_auto_takes_all_gpus_in_bfloat16_and_no_cpu() -> None:
+    assert place(Compute(), precision="auto") == Placement("cuda", "bfloat16", 4, 0.0, 1.0)
+    assert place(Compute(gpus_per_actor=0.5), precision="float32") == Placement("cuda", "float32", 8, 0.0, 0.5)
+
+
+@pytest.mark.usefixtures("gpu_cluster")
+def test_a_cpu_is_used_where_one_is_asked_for_though_there_are_gpus() -> None:
+    assert place(Compute(device="cpu", torch_threads=4), precision="auto") == Placement("cpu", "float32", 4, 4.0, 0.0)
+
+
+@pytest.mark.usefixtures("cpu_cluster")
+def test_auto_takes_all_cpus_where_there_is_no_gpu() -> None:
+    assert place(Compute(torch_threads=3), precision="auto") == Placement("cpu", "float32", 5, 3.0, 0.0)
+
+
+@pytest.mark.usefixtures("cpu_cluster")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compute\.device is 'cuda', but the cluster has no GPU"):
+        place(Compute(device="cuda"), precision="auto")
+
+
+@pytest.mark.usefixtures("gpu_cluster")
+def test_more_than_the_cluster_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compute\.actors=5 with 1 GPUs each need 5 GPUs, the cluster has 4"):
+        place(Compute(actors=5), precision="auto")
+    with pytest.raises(ValueError, match=r"compute\.actors=1 with 17 CPUs each need 17 CPUs, the cluster has 16"):
+        place(Compute(device="cpu", torch_threads=17), precision="auto")
