@@ -13,7 +13,7 @@ import time
 import tyro
 
 from curation.data.lease import OutputInUse
-from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
+from curation.distributed.pipeline import ActorsFailed, Plan, Record, Summary, Watch, curate, make_plan
 from curation.recipe import CurateRecipe
 from jobs.recipes import RECIPES, load_recipe
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # pydantic's ValidationError is one
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except OSError as error:
+    except (OSError, ActorsFailed) as error:
         print(f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on.", file=sys.stderr)
         return EXIT_FAILED
     print_summary(recipe, summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.exceptions import ActorDiedError
 
 from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
 from curation.data import card, manifest, shard_list, storage, tables
@@ -84,6 +86,10 @@ class Summary:
     """Images that this run decoded: 0 when all was committed before."""
     failures: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
+
+
+class ActorsFailed(RuntimeError):
+    """The embedding actors could not start, or died in a way that a retry does not mend."""
 
 
 def make_plan(recipe: CurateRecipe) -> Plan:
@@ -168,7 +174,7 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
 
 
 def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
-    """Embed and commit the shards on a pool of actors; their records, as they are done."""
+    """Embed and commit the shards on a pool of actors; their records, as they are done. ActorsFailed if they cannot."""
     for at in range(0, len(todo), SHARDS_PER_WAVE):
         wave = todo[at : at + SHARDS_PER_WAVE]
         # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
@@ -187,8 +193,13 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -
             num_cpus=placement.num_cpus or None,
             num_gpus=placement.num_gpus or None,
         )
-        for row in records.iter_rows():
-            yield json.loads(row["record"])
+        try:
+            for row in records.iter_rows():
+                yield json.loads(row["record"])
+        except ActorDiedError as error:
+            # Ray tells the cause as the text of a traceback; the error in it is the last line that names one.
+            causes = re.findall(r"^\w+Error: .*$", str(error), re.MULTILINE)
+            raise ActorsFailed(f"the embedding actors could not go on: {causes[-1] if causes else error}") from error
 
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:

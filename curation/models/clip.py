@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -202,6 +203,8 @@ def build_network(
                 pretrained_image=False,
                 pretrained_text=False,
             )
+        except UnpicklingError as error:  # torch's own text advises to run the pickled code
+            raise ValueError(f"{source} does not hold weights of {name}: it is no state dict") from error
         except Exception as error:
             if source is None:
                 raise

@@ -16,7 +16,7 @@ import pytest
 from curation.data import shard_list
 from curation.data.lease import Lease, OutputInUse
 from curation.data.manifest import OtherRun
-from curation.distributed.pipeline import Summary, curate, make_plan
+from curation.distributed.pipeline import ActorsFailed, Summary, curate, make_plan
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write
 
 RecipeFor = Callable[..., CurateRecipe]
@@ -314,5 +314,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_told_as_such(
     path = write_shard(tmp_path / "pool" / "a.tar", count=2)
     (tmp_path / "other.pt").write_bytes(b"no weights")
     embed = Embed(model="nano", checkpoint=str(tmp_path / "other.pt"))
-    with pytest.raises(ValueError, match=r"other\.pt does not hold weights of nano"):
+    with pytest.raises(
+        ActorsFailed, match=r"ValueError: .*other\.pt does not hold weights of nano: it is no state dict"
+    ):
         curate(recipe_for(str(path)).model_copy(update={"embed": embed}))
