@@ -143,13 +143,14 @@ class Sample:
 class ShardReader:
     """Iterate once over a shard's samples; after that `sha256`, `num_bytes` and `warnings` describe the whole shard.
 
+    `raw` may be a part of the shard that begins with the sample at offset `start`; rows are then counted from there.
     Storage errors propagate. ValueError if the shard has more rows than an address can hold.
     """
 
-    def __init__(self, raw: BinaryIO, *, url: str, rules: ReadRules) -> None:
+    def __init__(self, raw: BinaryIO, *, url: str, rules: ReadRules, start: int = 0) -> None:
         self._url, self._rules = url, rules
         self._shard_name = shard_name(url).encode("utf-8", "backslashreplace")
-        self._tar = TarReader(raw, max_bytes=rules.max_bytes)
+        self._tar = TarReader(raw, max_bytes=rules.max_bytes, start=start)
         self.warnings = self._tar.warnings
 
     @property

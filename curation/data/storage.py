@@ -89,6 +89,12 @@ def read_bytes(url: str) -> bytes:
         return file.read()
 
 
+def read_range(url: str, start: int, stop: int | None) -> bytes:
+    """Bytes [start, stop) of a file, or from `start` to its end: one request to a remote store. OSError if it fails."""
+    fs, path = _resolve(url)
+    return cast(bytes, fs.cat_file(path, start=start, end=stop))
+
+
 def exists(url: str) -> bool:
     """True if the file is there. OSError if the store does not say: no answer is not "no"."""
     return _info(url) is not None

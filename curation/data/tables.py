@@ -22,6 +22,8 @@ from curation.data import storage
 from curation.data.manifest import shard_name
 
 FOLDER = "samples"
+ROWS_PER_GROUP = 1024
+"""Rows of a parquet row group: training reads some hundred neighbouring rows of a table, not all of it."""
 INT64 = range(-(2**63), 2**63)
 MAX_LIST_DEPTH = 4
 """Deeper lists are text: a parquet file with 33 levels or more can be written, and never be read again."""
@@ -151,7 +153,7 @@ def write(output: str, shard_number: int, table: pa.Table) -> None:
     packed = [_leaf(field) for field in table.schema if not pa.types.is_fixed_size_list(field.type)]
     with storage.write_atomic(url_of(output, shard_number)) as file:
         settings: dict[str, Any] = {"compression": dict.fromkeys(packed, "zstd"), "use_dictionary": packed}
-        pq.write_table(table, file, **settings)
+        pq.write_table(table, file, row_group_size=ROWS_PER_GROUP, **settings)
 
 
 def _leaf(field: pa.Field) -> str:
@@ -182,21 +184,38 @@ def column_names(output: str, shard_number: int) -> list[str]:
         return parquet.schema_arrow.names
 
 
-def read(output: str, shard_number: int, columns: Iterable[str] | None = None) -> pa.Table:
-    """Columns of one shard's table (all, if none are named); a named json column that the shard lacks is null."""
+def read(
+    output: str, shard_number: int, columns: Iterable[str] | None = None, *, rows: range | None = None
+) -> pa.Table:
+    """Columns of one shard's table (all, if none are named); a named json column that the shard lacks is null.
+
+    With `rows` (step 1), only those that the table has, and of the file only the row groups which hold them.
+    """
     with _opened(output, shard_number) as parquet:
         if columns is None:
-            return parquet.read()
+            return _rows_of(parquet, None, rows)
         wanted = list(columns)
         known = set(parquet.schema_arrow.names)
         unknown = [name for name in wanted if name not in known and not name.startswith(JSON_PREFIX)]
         if unknown:
             raise ValueError(f"{url_of(output, shard_number)} has no column {unknown[0]!r}, it has {sorted(known)}")
-        table = parquet.read([name for name in wanted if name in known])
+        table = _rows_of(parquet, [name for name in wanted if name in known], rows)
         for name in wanted:
             if name not in known:
                 table = table.append_column(name, pa.nulls(table.num_rows))
         return table.select(wanted)
+
+
+def _rows_of(parquet: pq.ParquetFile, columns: list[str] | None, rows: range | None) -> pa.Table:
+    if rows is None:
+        return parquet.read(columns)
+    ends = np.cumsum([parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)])
+    starts = ends - np.diff(ends, prepend=0)
+    groups = np.flatnonzero((starts < rows.stop) & (ends > rows.start)).tolist()
+    if not groups:
+        return parquet.schema_arrow.empty_table().select(columns or parquet.schema_arrow.names)
+    table = parquet.read_row_groups(groups, columns)
+    return table.slice(rows.start - starts[groups[0]], len(rows))
 
 
 class Rechunk:

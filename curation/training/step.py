@@ -1,37 +1,54 @@
 """One weighted gradient step of an image–text model: the only place where a loss becomes new weights.
 
-N rows, S x S pixels, L tokens, D embedding.
+The batch may be spread over ranks, and a rank's rows over micro-batches; the loss is that of the whole batch all the
+same. Ranks gather their embeddings, each computes the losses of its own rows against all, and gradients flow back to
+the rank that holds the row. With micro-batches the embeddings are computed twice: once without gradient to learn what
+the loss says about each of them, then part by part to carry it to the weights (GradCache, Gao et al. 2021,
+arXiv:2101.06983, Sec. 3); that is exact for a model without dropout.
+
+n rows of this rank, S x S pixels, L tokens, D embedding.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from curation.models.clip import TowerOutput
-from curation.numerics.contrastive import PairLoss, pick_accuracy
+from curation.numerics.contrastive import Batch, PairLoss
+from curation.training.collectives import gather_with_gradient, ranks, sum_over_ranks
 
 
 class PairBatch(NamedTuple):
-    """N rows to train on, on the model's device."""
+    """This rank's n rows to train on, on the model's device."""
 
-    pixels: Tensor  # uint8 (N, S, S, 3)
-    tokens: Tensor  # int64 (N, L)
+    pixels: Tensor  # uint8 (n, S, S, 3)
+    tokens: Tensor  # int64 (n, L)
 
 
 class StepReport(NamedTuple):
-    """What a step saw, all of it before the weights changed."""
+    """What a step saw, all of it before the weights changed; of the whole batch, but for `losses`."""
 
     loss: float  # mean of weight * loss
-    losses: Tensor  # (N,) unweighted, detached
+    losses: Tensor  # (n,) of this rank's rows, unweighted, detached
     accuracy: float  # share of images whose own text is nearest, within the batch
     grad_norm: float  # before clipping
     logit_scale: float
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient is not finite: the batch is bad, or the run has diverged. `rows` are this rank's."""
+
+    def __init__(self, message: str, *, rows: list[int]):
+        super().__init__(message)
+        self.rows = rows
 
 
 def contrastive_step(
@@ -42,41 +59,106 @@ def contrastive_step(
     optimizer: Optimizer,
     objective: PairLoss,
     max_grad_norm: float = 1.0,
+    micro_batches: int = 1,
+    autocast: contextlib.AbstractContextManager | None = None,
 ) -> StepReport:
-    """Minimise mean(weights * losses) by one step of `optimizer`. `model` is a ClipNetwork or wraps one.
+    """Minimise mean(weights * losses) over all ranks' rows by one step of `optimizer`. Collective.
 
-    `weights` (N,), as in a Selection. ValueError, before the model or the optimizer's state has changed, if weights do
-    not fit the batch, or a loss or the gradient is not finite: then the batch is bad, or the run has diverged.
+    `model` is a ClipNetwork or wraps one; with several ranks it is a DistributedDataParallel. `weights` (n,), as in a
+    Selection. ValueError if weights do not fit the batch, NotFinite (on every rank) if a loss or the gradient is not
+    finite: both before the weights or the optimizer's state have changed.
     """
-    if weights.shape != (len(batch.pixels),) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+    n = len(batch.pixels)
+    if weights.shape != (n,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError(
-            f"weights must be finite, >= 0 and ({len(batch.pixels)},) like the batch, "
+            f"weights must be finite, >= 0 and ({n},) like the batch, "
             f"got {tuple(weights.shape)} from {weights.min().item()} to {weights.max().item()}"
             if weights.numel()
-            else f"weights must be ({len(batch.pixels)},) like the batch, got none"
+            else f"weights must be ({n},) like the batch, got none"
         )
+    autocast = autocast or contextlib.nullcontext()
     optimizer.zero_grad(set_to_none=True)
-    image_ND, text_ND, logit_scale, logit_bias = model(batch.pixels, batch.tokens)
-    losses = objective(image_ND, text_ND, logit_scale=logit_scale, logit_bias=logit_bias)
-    loss = (weights * losses).mean()
-    if not torch.isfinite(loss):
-        rows = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the step's batch is bad: loss {loss.item()}, not finite in rows {rows[:10]} of {len(losses)}"
-        )
-    loss.backward()
+    if micro_batches == 1:
+        with autocast:
+            output = model(batch.pixels, batch.tokens)
+        seen = _backward(output, weights, objective)
+    else:
+        seen = _backward_in_parts(model, batch, weights, objective, micro_batches=micro_batches, autocast=autocast)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = clip_grad_norm_(parameters, max_grad_norm)
     if not torch.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
-        raise ValueError(
-            f"the step's batch is bad: loss {loss.item()} is finite, its gradient's norm is {grad_norm.item()}"
+        raise NotFinite(
+            f"the step's batch is bad: loss {seen.loss} is finite, its gradient's norm is {grad_norm.item()}", rows=[]
         )
     optimizer.step()
+    return seen._replace(grad_norm=grad_norm.item())
+
+
+def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> StepReport:
+    """Gradients of the whole batch's loss, from this rank's embeddings (n, D)."""
+    image_nD, text_nD, logit_scale, logit_bias = output
+    rank, world_size = ranks()
+    within = None
+    if world_size > 1:
+        within = Batch(gather_with_gradient(image_nD), gather_with_gradient(text_nD), rank * len(image_nD))
+    losses = objective(image_nD, text_nD, logit_scale=logit_scale, logit_bias=logit_bias, within=within)
+    loss = (weights * losses).mean()
+    num_bad = sum_over_ranks((~torch.isfinite(weights * losses)).sum())
+    if num_bad:
+        rows = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        raise NotFinite(
+            f"the step's batch is bad: loss {loss.item()} on rank {rank}, not finite in rows {rows[:10]} "
+            f"of its {len(losses)}, and in {int(num_bad)} of all ranks",
+            rows=rows,
+        )
+    # DistributedDataParallel takes the mean of the ranks' gradients, and the mean of their means is the batch's mean.
+    loss.backward()
+    with torch.no_grad():
+        texts_MD = text_nD if within is None else within.text_MD
+        own = torch.arange(len(losses), device=losses.device) + (0 if within is None else within.first)
+        hits = ((image_nD @ texts_MD.T).argmax(dim=1) == own).sum()
+        sums = sum_over_ranks(torch.stack([(weights * losses).sum(), hits.to(losses.dtype)]))
     return StepReport(
-        loss=loss.item(),
+        loss=sums[0].item() / (world_size * len(losses)),
         losses=losses.detach(),
-        accuracy=pick_accuracy(image_ND.detach(), text_ND.detach()).item(),
-        grad_norm=grad_norm.item(),
+        accuracy=sums[1].item() / (world_size * len(losses)),
+        grad_norm=0.0,
         logit_scale=logit_scale.item(),
     )
+
+
+def _backward_in_parts(
+    model: Callable[[Tensor, Tensor], TowerOutput] | nn.Module,
+    batch: PairBatch,
+    weights: Tensor,
+    objective: PairLoss,
+    *,
+    micro_batches: int,
+    autocast: contextlib.AbstractContextManager,
+) -> StepReport:
+    """As `_backward`, holding the activations of one part of the rows at a time."""
+    parts = list(zip(batch.pixels.chunk(micro_batches), batch.tokens.chunk(micro_batches), strict=True))
+    with torch.no_grad(), autocast:
+        outputs = [model(*part) for part in parts]
+    image_nD, text_nD = (torch.cat([output[side] for output in outputs]) for side in (0, 1))
+    leaves = [value.detach().requires_grad_() for value in (image_nD, text_nD, *outputs[0][2:])]
+    seen = _backward(TowerOutput(*leaves), weights, objective)
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    at = 0
+    for index, part in enumerate(parts):
+        is_last = index == len(parts) - 1
+        # Between the ranks gradients travel once, after the last part.
+        held = model.no_sync if isinstance(model, DistributedDataParallel) and not is_last else contextlib.nullcontext
+        with held():
+            with autocast:
+                output = model(*part)
+            here = slice(at, at + len(output.image))
+            carried = (output.image * gradients[0][here]).sum() + (output.text * gradients[1][here]).sum()
+            # Scale and bias have their whole gradient already; it enters once. Elsewhere it is 0, so that every
+            # parameter has a part in each backward pass.
+            share = 1.0 if is_last else 0.0
+            scalars = output.logit_scale * gradients[2] + output.logit_bias * gradients[3]
+            (carried + share * scalars).backward()
+        at += len(output.image)
+    return seen

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curation.numerics.contrastive import cosine, load_objective, pick_accuracy, sigmoid_loss, softmax_loss
+from curation.numerics.contrastive import Batch, cosine, load_objective, pick_accuracy, sigmoid_loss, softmax_loss
 
 SCALE, BIAS = torch.tensor(10.0), torch.tensor(-2.0)
 
@@ -120,3 +120,22 @@ def test_an_unknown_objective_is_refused_with_the_nearest_name() -> None:
     assert load_objective("softmax") is softmax_loss
     with pytest.raises(ValueError, match="did you mean 'sigmoid'"):
         load_objective("sigmoidal")
+
+
+@pytest.mark.parametrize("objective", [sigmoid_loss, softmax_loss])
+def test_rows_of_a_batch_lose_what_they_lose_in_the_whole(objective) -> None:
+    generator = torch.Generator().manual_seed(3)
+    image_MD, text_MD = (torch.nn.functional.normalize(torch.randn(9, 5, generator=generator), dim=1) for _ in "it")
+    scalars = {"logit_scale": torch.tensor(7.0), "logit_bias": torch.tensor(-2.0)}
+    whole = objective(image_MD, text_MD, **scalars)
+    for first, stop in [(0, 4), (4, 9), (8, 9), (0, 9)]:
+        within = Batch(image_MD, text_MD, first)
+        part = objective(image_MD[first:stop], text_MD[first:stop], **scalars, within=within)
+        torch.testing.assert_close(part, whole[first:stop])
+
+
+def test_rows_that_are_not_within_the_batch_are_refused() -> None:
+    rows = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"rows \[1, 4\) of width 4 are not within"):
+        scalars = {"logit_scale": torch.tensor(7.0), "logit_bias": torch.tensor(-2.0)}
+        sigmoid_loss(rows, rows, **scalars, within=Batch(rows, rows, 1))

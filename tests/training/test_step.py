@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ class Toy(nn.Module):
         return TowerOutput(image, text, self.log_scale.exp(), self.bias)
 
 
-def separable_loss(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+def separable_loss(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor, **_: Any) -> Tensor:
     return (1 - cosine(image_ND, text_ND)) * logit_scale
 
 
@@ -44,7 +45,13 @@ def rows(batch: PairBatch, indices: list[int]) -> PairBatch:
 
 
 def step(
-    toy: Toy, batch: PairBatch, weights: list[float], *, objective=separable_loss, max_grad_norm: float = 1e9
+    toy: Toy,
+    batch: PairBatch,
+    weights: list[float],
+    *,
+    objective=separable_loss,
+    max_grad_norm: float = 1e9,
+    micro_batches: int = 1,
 ) -> tuple[dict[str, Tensor], StepReport]:
     """The gradient that a step of plain SGD with learning rate 1 took, by parameter, and its report."""
     before = deepcopy(toy.state_dict())
@@ -56,6 +63,7 @@ def step(
         optimizer=optimizer,
         objective=objective,
         max_grad_norm=max_grad_norm,
+        micro_batches=micro_batches,
     )
     return {name: before[name] - value for name, value in toy.state_dict().items()}, report
 
@@ -116,14 +124,14 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_reported() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes() -> None:
-    def broken(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    def broken(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor, **_: Any) -> Tensor:
         return separable_loss(image_ND, text_ND, logit_scale=logit_scale, logit_bias=logit_bias) / torch.tensor([1, 0])
 
-    assert_untouched(broken, match=r"the step's batch is bad: loss (inf|nan), not finite in rows \[1\] of 2")
+    assert_untouched(broken, match=r"batch is bad: loss (inf|nan) on rank 0, not finite in rows \[1\] of its 2")
 
 
 def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes() -> None:
-    def broken(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    def broken(image_ND: Tensor, text_ND: Tensor, *, logit_scale: Tensor, logit_bias: Tensor, **_: Any) -> Tensor:
         return ((image_ND - image_ND.detach()).abs().sum(dim=1)).sqrt() + text_ND.sum(dim=1)
 
     assert_untouched(broken, match="is finite, its gradient's norm is nan")
@@ -142,3 +150,14 @@ def assert_untouched(objective, *, match: str) -> None:
 def test_weights_that_do_not_fit_the_batch_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights must be"):
         step(Toy(), batch_of(2), weights)
+
+
+@pytest.mark.parametrize("objective", [sigmoid_loss, softmax_loss])
+@pytest.mark.parametrize("micro_batches", [2, 3, 7])
+def test_micro_batches_change_nothing_but_the_memory(objective, micro_batches: int) -> None:
+    weights = [0.0, 0.5, 1.0, 1.5, 2.0, 1.0, 1.0]
+    whole, seen = step(Toy(), batch_of(7), weights, objective=objective)
+    parts, seen_in_parts = step(Toy(), batch_of(7), weights, objective=objective, micro_batches=micro_batches)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+    assert seen_in_parts.loss == pytest.approx(seen.loss) and seen_in_parts.accuracy == seen.accuracy

@@ -1,60 +1,16 @@
-"""What a run is: frozen, validated models. Nothing else configures a run, and a saved recipe runs it again.
-
-Unknown names and values out of bounds are errors that name the field. A recipe round-trips through JSON; every run
-saves its own, resolved, in its output.
-"""
+"""A curation run: what is read, the model that embeds it, what is kept, what is written."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from curation.columns import FORMAT_VERSION, JSON_PREFIX
-from curation.data.shards import ReadRules
-from curation.methods import load_selector
+from curation.columns import JSON_PREFIX
+from curation.recipe.parts import Part, Pool, WholeRecipe, selector_of
 from curation.selector import PoolSelector
-
-
-class Part(BaseModel):
-    """A part of a recipe: immutable, and a name that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-_READ = ReadRules()
-
-
-class Pool(Part):
-    """Which samples a run may choose from, and how they are read."""
-
-    shards: str = ""
-    """Paths, globs, brace lists or fsspec URLs of tars, joined by `::`; a folder means its *.tar."""
-    caption_field: str = _READ.caption_field
-    """Extension of the member that holds the caption, or json.NAME for a field of the json."""
-    image_fields: tuple[str, ...] = _READ.image_fields
-    """Extensions of the member that holds the image; the first that is present wins."""
-    max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
-    """A larger image member is dropped unread."""
-    max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)
-    max_json_bytes: int = Field(default=_READ.max_json_bytes, gt=0)
-    max_json_fields: int = Field(default=_READ.max_json_fields, gt=0)
-    max_pixels: int = Field(default=90_000_000, gt=0)
-    """An image whose header says more is dropped before it is decoded."""
-    verify: Literal["fingerprint", "content"] = "fingerprint"
-    """What tells that a shard was edited since it was read: size and mtime (or etag), or the sha256 of its bytes."""
-
-    @model_validator(mode="after")
-    def _can_be_read_by(self) -> Self:
-        self.read_rules()
-        return self
-
-    def read_rules(self) -> ReadRules:
-        """The reader's part of these fields."""
-        return ReadRules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ReadRules)})
 
 
 class Embed(Part):
@@ -169,10 +125,7 @@ class Select(Part):
 
     def selector(self) -> Any:
         """The method's selector. ValueError if it is unknown or a field does not fit."""
-        if "name" not in self.method:
-            raise ValueError(f'method must be {{"name": ..., fields}}, got {self.method}')
-        fields = {key: value for key, value in self.method.items() if key != "name"}
-        return load_selector(self.name, **fields)
+        return selector_of(self.method)
 
 
 def _kind_of_step(step: Any) -> str:
@@ -215,7 +168,7 @@ class Write(Part):
     samples_per_shard: int = Field(default=10_000, gt=0)
 
 
-class CurateRecipe(Part):
+class CurateRecipe(WholeRecipe):
     """A curation run: pool -> embeddings and scores -> a kept set and an account of every sample."""
 
     name: str = "debug"
@@ -231,16 +184,6 @@ class CurateRecipe(Part):
     """Seed of every random choice of the selection."""
     max_drop_fraction: float = Field(default=0.1, ge=0, le=1)
     """The run fails when a larger share of what it read had to be dropped."""
-    format_version: Annotated[int, tyro.conf.Suppress] = FORMAT_VERSION
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_readable(cls, fields: Any) -> Any:
-        # Before all else: what a newer recipe has besides would be told as unknown names.
-        version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else FORMAT_VERSION
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ValueError(f"format_version {version} is newer than this code's {FORMAT_VERSION}: update curation")
-        return fields
 
     def embedded_by(self, *, weights_digest: str, device: str, precision: str) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""

@@ -1,0 +1,179 @@
+"""The feed of a training worker: its share of each super-batch, read, decoded and tokenised ahead by Ray Data.
+
+Each worker has a Ray Data pipeline of its own, over one row for each step: which pieces of which shards are its share.
+A pool of actors turns such a row into a block of exactly B/W rows; blocks come in order. What a step gets follows from
+the pool, the seed and the step alone, so a worker that starts again at step t gets what it would have got.
+
+Pixels travel as uint8, embeddings as float16. A sample that cannot be decoded any more is a row with ok = False.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from curation import addresses
+from curation.data import tables
+from curation.data.images import ImageError, pixels
+from curation.data.offered import OfferedShard, Rounds
+from curation.data.rows import ReadRow, StaleTable, read_rows
+from curation.data.shards import ReadRules
+from curation.models.clip import load_resize, load_tokenizer
+from curation.numerics.sampling import uid_words
+
+STEPS_PER_WAVE = 1000
+"""Steps that are planned at a time, so that a run of millions of steps holds no list of them."""
+READ_ATTEMPTS = 4
+FIRST_PAUSE_S = 0.5
+
+Block = dict[str, np.ndarray]
+"""Columns of n rows: `address` int64, `uid` (n, 2) int64, `ok` bool, `pixels` uint8 (n, S, S, 3), `tokens` int64
+(n, L), and what FeedSpec.columns names."""
+
+
+@dataclass(frozen=True)
+class FeedSpec:
+    """What is read for a row, and how: small values only."""
+
+    run: str
+    model: str
+    pretrained: str | None
+    columns: tuple[str, ...]
+    """Columns of the run's tables that come along under their own names."""
+    max_pixels: int
+    rules: ReadRules
+    decode_threads: int
+
+
+class Share(NamedTuple):
+    """One worker's share of a super-batch of `super_batch` rows: rank `rank` of `world_size`."""
+
+    super_batch: int
+    rank: int
+    world_size: int
+
+    def rows(self, step: int) -> tuple[int, int]:
+        """The range of the stream that this share holds at `step`."""
+        size = self.super_batch // self.world_size
+        first = step * self.super_batch + self.rank * size
+        return first, first + size
+
+
+def blocks(
+    spec: FeedSpec,
+    shards: list[OfferedShard],
+    rounds: Rounds,
+    share: Share,
+    *,
+    steps: range,
+    actors: int,
+    prefetch: int,
+) -> Iterator[Block]:
+    """The share's block of each step, in order. OSError if storage fails for good, StaleTable if a shard changed."""
+    for wave in (steps[at : at + STEPS_PER_WAVE] for at in range(0, len(steps), STEPS_PER_WAVE)):
+        plan = [_plan_row(step, shards, rounds, share) for step in wave]
+        yield from _read_wave(spec, plan, share, actors=actors, prefetch=prefetch)
+
+
+def _plan_row(step: int, shards: list[OfferedShard], rounds: Rounds, share: Share) -> pa.Table:
+    numbers, urls, rows = [], [], []
+    for piece in rounds.pieces(*share.rows(step)):
+        shard = shards[piece.place]
+        numbers.append(shard.number)
+        urls.append(shard.url)
+        rows.append(shard.row_numbers(piece.first, piece.count))
+    return pa.table({"step": [step], "number": [numbers], "url": [urls], "rows": [rows]})
+
+
+def _read_wave(spec: FeedSpec, plan: list[pa.Table], share: Share, *, actors: int, prefetch: int) -> Iterator[Block]:
+    size = share.super_batch // share.world_size
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None  # a block is a share, whatever its size
+    with DataContext.current(context):
+        data = ray.data.from_arrow(plan).map_batches(
+            ReadShare,
+            fn_constructor_args=(spec,),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(actors, len(plan))),
+            num_cpus=1,
+        )
+    read: Iterator[Any] = iter(data.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=prefetch))
+    for row in plan:
+        step = row["step"][0].as_py()
+        block = next(read, None)
+        if block is None or len(block["step"]) != size or (block["step"] != step).any():
+            got = "nothing" if block is None else f"{len(block['step'])} rows of step {block['step'][0]}"
+            raise RuntimeError(f"the feed of rank {share.rank} gave {got} at step {step}, {size} rows were planned")
+        del block["step"]
+        yield block
+
+
+class ReadShare:
+    """Reads one planned share a call. Called by Ray Data; needs no Ray itself."""
+
+    def __init__(self, spec: FeedSpec):
+        self._spec = spec
+        self._resize = load_resize(spec.model, pretrained=spec.pretrained)
+        self._tokenize = load_tokenizer(spec.model)
+        self._pool = ThreadPoolExecutor(spec.decode_threads, "decode")
+
+    def __call__(self, planned: pa.Table) -> dict[str, np.ndarray]:
+        """One planned row in, the rows of the share out."""
+        [row] = planned.to_pylist()
+        pieces = [
+            self._piece(number, url, np.asarray(rows))
+            for number, url, rows in zip(row["number"], row["url"], row["rows"], strict=True)
+        ]
+        block = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return {**block, "step": np.full(len(block["address"]), row["step"])}
+
+    def _piece(self, number: int, url: str, rows: np.ndarray) -> Block:
+        return _retried(lambda: self._read(number, url, rows))
+
+    def _read(self, number: int, url: str, rows: np.ndarray) -> Block:
+        spec = self._spec
+        needed = [*dict.fromkeys(["uid", "caption", *spec.columns])]
+        read = read_rows(spec.run, number, url, rows, needed, rules=spec.rules)
+        decoded = list(self._pool.map(self._decode, read.images))
+        return {
+            "address": addresses.pack(number, rows),
+            "uid": uid_words(read.columns["uid"].to_pylist()).view(np.int64),
+            "ok": np.array([image is not None for image in decoded]),
+            "pixels": np.stack([self._blank() if image is None else image for image in decoded]),
+            "tokens": self._tokenize(read.columns["caption"].to_pylist()).numpy(),
+            **{name: tables.as_array(read.columns[name], name=name) for name in spec.columns},
+        }
+
+    def _decode(self, row: ReadRow) -> np.ndarray | None:
+        try:
+            return pixels(row.image, max_pixels=self._spec.max_pixels, resize=self._resize).pixels
+        except ImageError:
+            return None
+
+    def _blank(self) -> np.ndarray:
+        return np.zeros((*self._resize.image_size, 3), np.uint8)
+
+
+def _retried(read: Callable[[], Any]) -> Any:
+    """What `read` gives, after as many as READ_ATTEMPTS attempts; the last OSError if none succeeds."""
+    pause_s = FIRST_PAUSE_S
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError:
+            time.sleep(pause_s)
+            pause_s *= 2
+    return read()
+
+
+__all__ = ["Block", "FeedSpec", "ReadShare", "Share", "StaleTable", "blocks"]

@@ -1,0 +1,75 @@
+"""What the parts of all recipes share: frozen, validated fields, and the pool that a run reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from curation.columns import FORMAT_VERSION
+from curation.data.shards import ReadRules
+from curation.methods import load_selector
+from curation.selector import Selector
+
+
+class Part(BaseModel):
+    """A part of a recipe: immutable, and a name that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+_READ = ReadRules()
+
+
+class Pool(Part):
+    """Which samples a run may choose from, and how they are read."""
+
+    shards: str = ""
+    """Paths, globs, brace lists or fsspec URLs of tars, joined by `::`; a folder means its *.tar."""
+    caption_field: str = _READ.caption_field
+    """Extension of the member that holds the caption, or json.NAME for a field of the json."""
+    image_fields: tuple[str, ...] = _READ.image_fields
+    """Extensions of the member that holds the image; the first that is present wins."""
+    max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
+    """A larger image member is dropped unread."""
+    max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)
+    max_json_bytes: int = Field(default=_READ.max_json_bytes, gt=0)
+    max_json_fields: int = Field(default=_READ.max_json_fields, gt=0)
+    max_pixels: int = Field(default=90_000_000, gt=0)
+    """An image whose header says more is dropped before it is decoded."""
+    verify: Literal["fingerprint", "content"] = "fingerprint"
+    """What tells that a shard was edited since it was read: size and mtime (or etag), or the sha256 of its bytes."""
+
+    @model_validator(mode="after")
+    def _can_be_read_by(self) -> Self:
+        self.read_rules()
+        return self
+
+    def read_rules(self) -> ReadRules:
+        """The reader's part of these fields."""
+        return ReadRules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ReadRules)})
+
+
+class WholeRecipe(Part):
+    """A complete recipe. It knows by which version of the format it was written."""
+
+    format_version: Annotated[int, tyro.conf.Suppress] = FORMAT_VERSION
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_readable(cls, fields: Any) -> Any:
+        # Before all else: what a newer recipe has besides would be told as unknown names.
+        version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else FORMAT_VERSION
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(f"format_version {version} is newer than this code's {FORMAT_VERSION}: update curation")
+        return fields
+
+
+def selector_of(method: dict[str, Any]) -> Selector:
+    """The selector that {"name": ..., fields} describes. ValueError if it is unknown or a field does not fit."""
+    if "name" not in method:
+        raise ValueError(f'method must be {{"name": ..., fields}}, got {method}')
+    fields = {key: value for key, value in method.items() if key != "name"}
+    return load_selector(str(method["name"]), **fields)

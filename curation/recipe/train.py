@@ -1,0 +1,190 @@
+"""A training run: a curated pool, a learner, a method that selects what each step trains on, and its measurement."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from curation.numerics.contrastive import load_objective
+from curation.recipe.parts import Part, WholeRecipe, selector_of
+from curation.selector import Selector
+
+REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
+
+
+class Data(Part):
+    """What is trained on."""
+
+    run: str = ""
+    """Folder or URL of a run of `jobs.curate`: its pool's tars are read, its tables give addresses, captions and the
+    reference's embeddings."""
+    segment_rows: int = Field(default=256, gt=0)
+    """Neighbouring rows that are read as one byte range; a round visits the segments in a seeded random order."""
+    truth: str | None = None
+    """A parquet table with `uid` and a boolean column, for the log alone: which samples are known to be junk."""
+    truth_column: str = "junk"
+
+
+class Weights(Part):
+    """A model and where its weights come from."""
+
+    model: str = Field(default="ViT-B-32", min_length=1)
+    """An open_clip model, or `nano`."""
+    pretrained: str | None = Field(default=None, min_length=1)
+    """open_clip's tag of pretrained weights."""
+    checkpoint: str | None = Field(default=None, min_length=1)
+    """A local checkpoint instead."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random weights, when neither is given."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and self.checkpoint:
+            raise ValueError(f"give pretrained or checkpoint, got both: {self.pretrained!r}, {self.checkpoint!r}")
+        return self
+
+
+class Reference(Part):
+    """The fixed model that a learner is compared with. By default its embeddings are the columns of `data.run`."""
+
+    weights: Weights | None = None
+    """If given: the columns must be this model's, or with `online` this model embeds each super-batch."""
+    online: bool = False
+    """Embed each super-batch with the reference again instead of reading its columns: a forward pass for each row."""
+
+    @model_validator(mode="after")
+    def _online_names_a_model(self) -> Self:
+        if self.online and self.weights is None:
+            raise ValueError("reference.online needs reference.weights: which model embeds?")
+        return self
+
+
+class Train(Part):
+    """Steps, batches and the optimiser. Defaults: JEST (arXiv:2406.17711) and SigLIP (arXiv:2303.15343)."""
+
+    num_steps: int = Field(default=1000, gt=0)
+    sub_batch: int = Field(default=4096, gt=0)
+    """Rows that a step trains on, over all workers (b)."""
+    filter_ratio: float = Field(default=0.8, ge=0, lt=1)
+    """1 - b/B: the share of each super-batch that is not trained on; 0 trains on all that is loaded."""
+    scope: Literal["global", "local"] = "global"
+    """local: each worker selects from its own share of the super-batch. To measure what that costs."""
+    quota: bool = False
+    """Each worker trains on as many of its own rows, selected or not. To measure what that costs."""
+    score_batch: int = Field(default=1024, gt=0)
+    """Rows per forward pass while scoring."""
+    micro_batches: int = Field(default=1, gt=0)
+    """Parts in which a worker's share of the sub-batch is differentiated; the loss still sees the whole sub-batch."""
+    objective: Literal["sigmoid", "softmax"] = "sigmoid"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps."""
+    cooldown: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps at the end in which the learning rate falls from `floor` of its peak to 0."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """torch.compile the learner."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        load_objective(self.objective)
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
+        if self.sub_batch > self.super_batch:
+            raise ValueError(f"sub_batch {self.sub_batch} exceeds the super-batch {self.super_batch}")
+        return self
+
+    @property
+    def super_batch(self) -> int:
+        """Rows that are loaded and scored for a step (B): b / (1 - filter_ratio), to the nearest whole number."""
+        return round(self.sub_batch / (1 - self.filter_ratio))
+
+
+class Evaluate(Part):
+    """Measurements on held-out samples while training."""
+
+    shards: str = ""
+    """Tars of held-out pairs, as in a pool; none given: no evaluation."""
+    every_steps: int = Field(default=0, ge=0)
+    """Also every so many steps; 0: only at the end."""
+    max_samples: int = Field(default=5000, gt=0)
+    """The first so many pairs that can be read are taken."""
+    label_field: str | None = None
+    """A json field that names the class: zero-shot classification is measured too."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts of a class; {} is its name."""
+
+
+class Workers(Part):
+    """Where the work runs."""
+
+    workers: int = Field(default=1, gt=0)
+    """Ray Train workers, one GPU each; on CPUs as many processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    feed_actors: int = Field(default=1, gt=0)
+    """Actors per worker that read and decode super-batches ahead; each takes one CPU."""
+    decode_threads: int = Field(default=2, gt=0)
+    """Threads per feed actor."""
+    torch_threads: int = Field(default=1, gt=0)
+    """CPU threads per worker for the model."""
+    prefetch: int = Field(default=2, gt=0)
+    """Super-batches ready ahead of the step that trains on them."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the worker group before the run gives up."""
+
+
+class Remember(Part):
+    """The ledger of the run: what it keeps of each sample's score."""
+
+    actors: int = Field(default=1, gt=0)
+    statistic: Literal["last", "mean", "ema"] = "last"
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    variance: bool = False
+
+
+class TrainRecipe(WholeRecipe):
+    """A training run: super-batches from a curated pool, a selection from each, a weighted step, a ledger."""
+
+    name: str = "debug"
+    data: Data = Data()
+    learner: Weights = Weights()
+    reference: Reference = Reference()
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "jest"})
+    """{"name": a file in curation/methods, and the fields of its selector}; `uniform` is the rival of all."""
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    compute: Workers = Workers()
+    ledger: Remember = Remember()
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step always makes one."""
+    output: str = ""
+    """Folder or URL of the run."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the rounds and of the selection."""
+
+    @model_validator(mode="after")
+    def _can_run(self) -> Self:
+        selector = self.selector()
+        if not selector.fixed_size:
+            raise ValueError(
+                f"method {self.method['name']!r} decides by itself how many rows to keep, a step needs exactly "
+                f"train.sub_batch={self.train.sub_batch}"
+            )
+        for name in ("sub_batch", "super_batch"):
+            if getattr(self.train, name) % self.compute.workers:
+                raise ValueError(
+                    f"compute.workers={self.compute.workers} must divide train.{name}={getattr(self.train, name)}"
+                )
+        if self.train.sub_batch // self.compute.workers < self.train.micro_batches:
+            raise ValueError(f"train.micro_batches={self.train.micro_batches} is more than a worker's rows of a step")
+        return self
+
+    def selector(self) -> Selector:
+        """The method's selector."""
+        return selector_of(self.method)

@@ -1,0 +1,69 @@
+"""A step's result does not depend on how many ranks take it: processes with gloo against one process alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "ranks_worker.py"
+WORLD_SIZES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of each world size saved."""
+    running, folders = [], {}
+    for world_size in WORLD_SIZES:
+        folders[world_size] = folder = tmp_path_factory.mktemp(f"world{world_size}")
+        for rank in range(world_size):
+            command = [sys.executable, str(WORKER), str(rank), str(world_size), str(folder / "store"), str(folder)]
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    return {size: [torch.load(folders[size] / f"{rank}.pt") for rank in range(size)] for size in WORLD_SIZES}
+
+
+@pytest.mark.parametrize("what", ["sigmoid", "softmax", "in parts"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_a_step_is_the_same_for_any_number_of_ranks(results, what: str, world_size: int) -> None:
+    alone = results[1][0][what]
+    for rank in results[world_size]:
+        for name, value in alone.items():
+            torch.testing.assert_close(rank[what][name], value, rtol=1e-4, atol=1e-5, msg=f"{what}: {name}")
+
+
+def test_micro_batches_are_the_same_for_one_rank(results) -> None:
+    for name, value in results[1][0]["sigmoid"].items():
+        torch.testing.assert_close(results[1][0]["in parts"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_loss_that_is_not_finite_stops_every_rank(results, world_size: int) -> None:
+    for rank, saved in enumerate(results[world_size]):
+        assert f"on rank {rank}" in saved["not finite"] and "in 2 of all ranks" in saved["not finite"]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gathered_rows_stand_in_order_of_the_ranks(results, world_size: int) -> None:
+    wanted = torch.arange(world_size).repeat_interleave(2)
+    for saved in results[world_size]:
+        for gathered in saved["gathered"]:
+            torch.testing.assert_close(gathered, wanted.to(gathered.dtype))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_rows_are_handed_over_in_the_order_of_the_list(results, world_size: int) -> None:
+    saved = results[world_size]
+    assert saved[-1]["handed over"][0].tolist() == [2, 0]
+    assert saved[-1]["handed over"][1].tolist() == [[2, 2], [0, 0]]
+    assert saved[0]["handed over"][0].tolist() == [10 * (world_size - 1) + 1]
+    for middle in saved[1:-1]:
+        assert middle["handed over"][0].shape == (0,) and middle["handed over"][1].shape == (0, 2)
