@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,12 +24,37 @@ from curation.selector import PoolSelector, Rows, Selection, Selector, check_nee
 N = 64
 KEEP = 20
 
+
+def unit_rows(n: int, rng: Generator, *, width: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, width, generator=rng), dim=1).half()
+
+
 MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
     "uid": lambda n, rng: torch.randint(-(2**62), 2**62, (n, 2), generator=rng),
     # Rounded, so that there are ties.
     "clip_score": lambda n, rng: (torch.rand(n, generator=rng) * 2 - 1).mul(8).round().div(8),
+    "learner_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
+    "reference_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
+    "image_embedding": lambda n, rng: unit_rows(n, rng, width=8),
+    "text_embedding": lambda n, rng: unit_rows(n, rng, width=8),
+    "reference_image_embedding": lambda n, rng: unit_rows(n, rng, width=12),
+    "reference_text_embedding": lambda n, rng: unit_rows(n, rng, width=12),
+    "logit_scale": lambda n, rng: torch.tensor(20.0),
+    "logit_bias": lambda n, rng: torch.tensor(-6.0),
+    "reference_logit_scale": lambda n, rng: torch.tensor(30.0),
+    "reference_logit_bias": lambda n, rng: torch.tensor(-10.0),
 }
 """Column or run value -> random values for n rows (a run value ignores n)."""
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("jest", {"scoring": "easy_reference"}),
+    ("jest", {"scoring": "hard_learner", "num_chunks": 100}),
+    ("jest", {"form": "softmax"}),
+    ("jest", {"form": "softmax", "with_self_term": False}),
+    ("rho", {"sampling": True}),
+]
+"""Forms of a method that are held to the contract beside its defaults."""
 
 
 class Case(NamedTuple):
@@ -51,9 +76,15 @@ def choose(case: Case, *, seed: int = 0, keep: int | None = None, rows: Rows | N
     return case.selector.select(rows or case.rows, keep, 0.5, Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=selector_names())
+def case_id(param: tuple[str, dict[str, Any]]) -> str:
+    name, fields = param
+    return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
+
+
+@pytest.fixture(params=[*((name, {}) for name in selector_names()), *VARIANTS], ids=case_id)
 def case(request: pytest.FixtureRequest) -> Case:
-    selector = load_selector(request.param)
+    name, fields = request.param
+    selector = load_selector(name, **fields)
     return Case(selector, rows_for(selector.needs, N), KEEP if selector.fixed_size else None)
 
 
@@ -182,7 +213,7 @@ def test_a_column_without_a_maker_fails_with_its_name():
 def test_every_file_in_methods_is_a_method_unless_it_begins_with_an_underscore():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")}
     assert set(selector_names()) == {name for name in files if not name.startswith("_")}
-    assert {"uniform", "clip_score"} <= set(selector_names())
+    assert {"uniform", "clip_score", "jest", "rho"} <= set(selector_names())
 
 
 def test_an_unknown_method_suggests_the_nearest():

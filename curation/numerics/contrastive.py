@@ -7,7 +7,8 @@ row of weight 0 therefore pulls its own pair no more, but stays a negative for t
 A loss may be asked for some of the rows only: N rows of M, each against all M. So a worker computes its own part of a
 batch that is spread over many, and a long batch is computed in blocks of rows.
 
-N rows, M >= N rows of the whole batch, D embedding. Image embedding i and text embedding i are a pair; both of unit norm.
+N rows, M >= N rows of the whole batch, D embedding. Image embedding i and text embedding i are a pair; both of unit
+norm.
 """
 
 from __future__ import annotations
@@ -102,27 +103,29 @@ def blocked_pair_losses(
     logit_scale: Tensor,
     logit_bias: Tensor,
     objective: str,
+    within: Batch | None = None,
     block_rows: int = 1024,
 ) -> Tensor:
-    """The objective's losses of N pairs, (N,) float32, without gradients and without an N x N matrix.
+    """The objective's losses of N pairs, (N,) float32, without gradients and without an N x M matrix.
 
-    Embeddings of any float dtype. Memory is that of a few blocks of block_rows x N float32, 84 MB each at N = 20,480.
+    Embeddings of any float dtype. Memory is that of a few blocks of block_rows x M float32, 84 MB each at M = 20,480.
     ValueError for an unknown `objective` or less than one row per block.
     """
     loss = load_objective(objective)
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-    whole = Batch(image_ND.float(), text_ND.float(), first=0)
-    _check_pairs(whole.image_MD, whole.text_MD)
+    whole = within or Batch(image_ND, text_ND, first=0)
+    whole = Batch(whole.image_MD.float(), whole.text_MD.float(), whole.first)
+    _check_pairs(image_ND, text_ND)
     losses = torch.zeros(len(image_ND), device=image_ND.device)
     for first in range(0, len(losses), block_rows):
         rows = slice(first, first + block_rows)
         losses[rows] = loss(
-            whole.image_MD[rows],
-            whole.text_MD[rows],
+            image_ND[rows].float(),
+            text_ND[rows].float(),
             logit_scale=logit_scale,
             logit_bias=logit_bias,
-            within=whole._replace(first=first),
+            within=whole._replace(first=whole.first + first),
         )
     return losses
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curation.numerics.contrastive import Batch, cosine, load_objective, pick_accuracy, sigmoid_loss, softmax_loss
+from curation.numerics.contrastive import (
+    Batch,
+    blocked_pair_losses,
+    cosine,
+    load_objective,
+    pick_accuracy,
+    sigmoid_loss,
+    softmax_loss,
+)
 
 SCALE, BIAS = torch.tensor(10.0), torch.tensor(-2.0)
 
@@ -126,16 +134,48 @@ def test_an_unknown_objective_is_refused_with_the_nearest_name() -> None:
 def test_rows_of_a_batch_lose_what_they_lose_in_the_whole(objective) -> None:
     generator = torch.Generator().manual_seed(3)
     image_MD, text_MD = (torch.nn.functional.normalize(torch.randn(9, 5, generator=generator), dim=1) for _ in "it")
-    scalars = {"logit_scale": torch.tensor(7.0), "logit_bias": torch.tensor(-2.0)}
-    whole = objective(image_MD, text_MD, **scalars)
+    whole = objective(image_MD, text_MD, logit_scale=SCALE, logit_bias=BIAS)
     for first, stop in [(0, 4), (4, 9), (8, 9), (0, 9)]:
         within = Batch(image_MD, text_MD, first)
-        part = objective(image_MD[first:stop], text_MD[first:stop], **scalars, within=within)
+        image_ND, text_ND = image_MD[first:stop], text_MD[first:stop]
+        part = objective(image_ND, text_ND, logit_scale=SCALE, logit_bias=BIAS, within=within)
         torch.testing.assert_close(part, whole[first:stop])
 
 
 def test_rows_that_are_not_within_the_batch_are_refused() -> None:
     rows = torch.ones(3, 4)
     with pytest.raises(ValueError, match=r"rows \[1, 4\) of width 4 are not within"):
-        scalars = {"logit_scale": torch.tensor(7.0), "logit_bias": torch.tensor(-2.0)}
-        sigmoid_loss(rows, rows, **scalars, within=Batch(rows, rows, 1))
+        sigmoid_loss(rows, rows, logit_scale=SCALE, logit_bias=BIAS, within=Batch(rows, rows, 1))
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("block_rows", [1, 13, 50, 1024])
+def test_losses_in_blocks_are_the_losses(objective, block_rows) -> None:
+    image, text = unit_rows(50, seed=10), unit_rows(50, seed=11)
+    for scale, bias in [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)]:
+        logit_scale, logit_bias = torch.tensor(scale), torch.tensor(bias)
+        expected = load_objective(objective)(image, text, logit_scale=logit_scale, logit_bias=logit_bias).float()
+        losses = blocked_pair_losses(
+            image, text, logit_scale=logit_scale, logit_bias=logit_bias, objective=objective, block_rows=block_rows
+        )
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5 * scale)
+        assert losses.dtype == torch.float32
+
+
+def test_losses_in_blocks_take_half_precision_and_give_no_gradient() -> None:
+    image, text = unit_rows(20, seed=12).half(), unit_rows(20, seed=13).half().requires_grad_()
+    losses = blocked_pair_losses(image, text, logit_scale=SCALE, logit_bias=BIAS, objective="sigmoid", block_rows=6)
+    torch.testing.assert_close(losses, sigmoid_loss(image.float(), text.float(), logit_scale=SCALE, logit_bias=BIAS))
+    assert not losses.requires_grad
+    none = blocked_pair_losses(image[:0], text[:0], logit_scale=SCALE, logit_bias=BIAS, objective="sigmoid")
+    assert none.shape == (0,)
+
+
+def test_blocks_that_make_no_sense_are_refused() -> None:
+    rows = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="block_rows must be at least 1, got 0"):
+        blocked_pair_losses(rows, rows, logit_scale=SCALE, logit_bias=BIAS, objective="sigmoid", block_rows=0)
+    with pytest.raises(ValueError, match="got 'softmaxx'; did you mean 'softmax'"):
+        blocked_pair_losses(rows, rows, logit_scale=SCALE, logit_bias=BIAS, objective="softmaxx")
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 2\)"):
+        blocked_pair_losses(rows, rows[:, :2], logit_scale=SCALE, logit_bias=BIAS, objective="sigmoid")
