@@ -57,6 +57,10 @@ RUN_VALUES = frozenset(
 """Names in `Rows` without a row axis."""
 
 
+LEDGER_COLUMNS = frozenset({"ledger_value", "ledger_variance", "ledger_count", "usage_count", "last_step"})
+"""Columns that come from the ledger: what it remembers of a row's score and use."""
+
+
 def is_run_value(name: str) -> bool:
     """True if `name` is a run value, False if it is a column."""
     return name in RUN_VALUES

@@ -6,54 +6,32 @@ the same command goes on from there. 2: the command or the recipe is wrong. 3: a
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
-import tyro
-
-from curation.data.lease import OutputInUse
-from curation.distributed.pipeline import ActorsFailed, Plan, Record, Summary, Watch, curate, make_plan
+from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
 from curation.recipe import CurateRecipe
-from jobs.recipes import RECIPES, load_recipe
+from jobs.command import EXIT_FAILED, EXIT_OK, Command
+from jobs.recipes import CURATE
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE = 0, 1, 2, 3
 LINE_EVERY_S = 10.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser("python -m jobs.curate", description=__doc__, add_help=False)
-    parser.add_argument("recipe", nargs="?", help=f"{', '.join(RECIPES)}, or a .json file")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
-    known, rest = parser.parse_known_args(arguments)
-    if known.recipe is None:
-        print(
-            f"usage: python -m jobs.curate RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(RECIPES)}, or a .json file; "
-            "python -m jobs.curate RECIPE --help lists the fields.",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
-    try:
-        recipe = tyro.cli(
-            CurateRecipe, prog=f"python -m jobs.curate {known.recipe}", default=load_recipe(known.recipe), args=rest
-        )
-        if known.dry_run:
-            print_plan(recipe, make_plan(recipe))
-            return EXIT_OK
-        if recipe.embed.has_random_weights:
-            print(f"note: {recipe.embed.model} has random weights, so its scores mean nothing", file=sys.stderr)
-        summary = curate(recipe, watch=Progress())
-    except OutputInUse as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_IN_USE
-    except ValueError as error:  # pydantic's ValidationError is one
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except (OSError, ActorsFailed) as error:
-        print(f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on.", file=sys.stderr)
-        return EXIT_FAILED
+    return Command("curate", __doc__).run(
+        arguments,
+        recipes=CURATE,
+        recipe_type=CurateRecipe,
+        job=_curate,
+        dry_run=lambda recipe: print_plan(recipe, make_plan(recipe)),
+    )
+
+
+def _curate(recipe: CurateRecipe) -> int:
+    if recipe.embed.has_random_weights:
+        print(f"note: {recipe.embed.model} has random weights, so its scores mean nothing", file=sys.stderr)
+    summary = curate(recipe, watch=Progress())
     print_summary(recipe, summary)
     return EXIT_FAILED if summary.failures else EXIT_OK
 
@@ -108,7 +86,6 @@ def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
     for step in recipe.selection:
         print(f"  select {step.name}: {step.model_dump(exclude_defaults=True)}")
     print(f"  write  {'tables and tars' if recipe.write.tars else 'tables'}")
-    print("dry run: nothing was touched")
 
 
 def print_summary(recipe: CurateRecipe, summary: Summary) -> None:

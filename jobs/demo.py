@@ -1,9 +1,10 @@
-"""`python -m jobs.demo`: the whole engine on a pool that it makes itself, in a few minutes on two cores.
+"""`python -m jobs.demo`: the whole engine on a pool that it makes itself, in less than ten minutes on two cores.
 
 Makes a pool of rendered image-text pairs, most of them junk; trains a small reference CLIP on a small clean set;
 curates the pool with `jobs.curate`'s own pipeline; and, since the truth about each sample is recorded aside, says how
-much junk was in the pool and how much is in the kept set. Nothing here sees the truth before the last step. Run again,
-it does only what is not done.
+much junk was in the pool and how much is in the kept set. Then a race, by `jobs.train`'s own: a fresh learner trains on
+all of the pool, another on what JEST selects from it. Nothing here sees the truth before it is printed, but for the
+races' logs. Run again, it does only what is not done.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.distributed.pipeline import curate
+from curation.distributed.train import train
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select
+from curation.report.curves import Curve, draw
 from curation.training.step import StepReport
-from jobs.curate import EXIT_FAILED, EXIT_OK, Progress, print_summary
+from jobs.command import EXIT_FAILED, EXIT_OK
+from jobs.curate import Progress, print_summary
 from jobs.demo_pool import DemoPool, make_pool
+from jobs.demo_race import METRIC, SUB_BATCH, race_recipe, write_held_out, write_mismatched
+from jobs.demo_race import NUM_STEPS as NUM_RACE_STEPS
 from jobs.demo_reference import MODEL, NUM_PAIRS, NUM_STEPS, train_reference
 
 KEEP_FRACTION = 0.3
@@ -37,11 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=20_000, help="size of the pool (20000)")
     parser.add_argument("--reference-pairs", type=int, default=NUM_PAIRS, help=f"size of the clean set ({NUM_PAIRS})")
     parser.add_argument("--reference-steps", type=int, default=NUM_STEPS, help=f"training steps ({NUM_STEPS})")
+    parser.add_argument("--race-steps", type=int, default=NUM_RACE_STEPS, help=f"steps of the race ({NUM_RACE_STEPS})")
+    parser.add_argument("--no-race", action="store_true", help="stop after the curated set")
     known = parser.parse_args(arguments)
     begun = time.time()
     pool = _pool(known.folder / "pool", samples=known.samples)
     checkpoint = _reference(known.folder, num_pairs=known.reference_pairs, num_steps=known.reference_steps)
-    _say("3/4 curate: embed, score, keep 30%, write")
+    _say("3/5 curate: embed, score, keep 30%, write")
     recipe = CurateRecipe(
         name="demo",
         pool=Pool(shards=pool.shards),
@@ -54,16 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
     print_summary(recipe, summary)
     if summary.failures:
         return EXIT_FAILED
-    _say("4/4 the truth about the pool, and about what was kept")
+    _say("4/5 the truth about the pool, and about what was kept")
     print_junk(known.folder / "run", pool)
     print(f"\nThe kept set: {known.folder}/run/shards/*.tar; who is who: {known.folder}/run/selection/selected.parquet")
     print(f"Everything else: {known.folder}/run (tables, drops, manifests, README.md)")
+    if not known.no_race:
+        _say(f"\n5/5 a race: {known.race_steps} steps on everything, and on what JEST selects from five times as much")
+        race(known.folder, pool, samples=known.samples, num_steps=known.race_steps)
     print(f"{time.time() - begun:.0f} s in all")
     return EXIT_OK
 
 
 def _pool(folder: Path, *, samples: int) -> DemoPool:
-    _say(f"1/4 a pool of {samples:,} rendered image-text pairs, about two thirds of them junk")
+    _say(f"1/5 a pool of {samples:,} rendered image-text pairs, about two thirds of them junk")
     return make_pool(
         folder, samples=samples, report=lambda done, total: _show(f"  {done}/{total} shards", done == total)
     )
@@ -71,7 +82,7 @@ def _pool(folder: Path, *, samples: int) -> DemoPool:
 
 def _reference(folder: Path, *, num_pairs: int, num_steps: int) -> Path:
     """The reference's checkpoint; trained only if these settings have not been trained here before."""
-    _say(f"2/4 a reference: {MODEL} CLIP, {num_steps} steps on {num_pairs:,} clean pairs that are not in the pool")
+    _say(f"2/5 a reference: {MODEL} CLIP, {num_steps} steps on {num_pairs:,} clean pairs that are not in the pool")
     checkpoint = folder / f"reference-{num_pairs}x{num_steps}.pt"
 
     def report(step: int, total: int, seen: StepReport) -> None:
@@ -81,6 +92,37 @@ def _reference(folder: Path, *, num_pairs: int, num_steps: int) -> Path:
     if not checkpoint.exists():
         train_reference(checkpoint, num_pairs=num_pairs, num_steps=num_steps, report=report)
     return checkpoint
+
+
+def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> None:
+    """Train a learner by each method, print what they came to, draw their curves into race.png."""
+    held_out = write_held_out(folder / "held_out.tar")
+    mismatched = write_mismatched(pool, folder / "mismatched.parquet")
+    curves = []
+    print(f"\n  {'':<10}{'R@1 held out':>14}{'mismatched':>12}{'loaded':>10}{'trained':>10}{'seconds':>9}")
+    for method in ("uniform", "jest"):
+        recipe = race_recipe(
+            run=folder / "run",
+            output=folder / f"race-{method}-{num_steps}",
+            held_out=held_out,
+            mismatched=mismatched,
+            method=method,
+            num_steps=num_steps,
+            sub_batch=min(SUB_BATCH, samples // 10),
+        )
+        summary = train(recipe)
+        if summary.failures:
+            raise RuntimeError(f"{method}: {summary.failures[0]}")
+        noted = Path(recipe.output) / "train"
+        curves.append(Curve(method, [pq.read_table(noted / "evaluations.parquet")], {}))
+        share = float(np.mean(pq.read_table(noted / "steps.parquet")["junk_share"].to_numpy()))
+        print(
+            f"  {method:<10}{summary.last[METRIC]:>14.1%}{share:>12.1%}{summary.samples_loaded:>10,}"
+            f"{summary.samples_trained:>10,}{summary.last['seconds']:>9.0f}"
+        )
+    with open(folder / "race.png", "wb") as file:
+        draw(curves, metric=METRIC, title="held-out retrieval, mean R@1 of both directions", file=file)
+    print(f"\nThe race's curves on four axes: {folder}/race.png; each step: {folder}/race-*/train/steps.parquet")
 
 
 def junk_shares(run: Path, pool: DemoPool) -> pa.Table:

@@ -6,12 +6,10 @@ The others name the models and sizes that DataComp's scales are filtered with.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from difflib import get_close_matches
-from pathlib import Path
 
-from curation.recipe import Compute, CurateRecipe, Embed, Select
+from curation.recipe import Compute, CurateRecipe, Embed, Select, TrainRecipe
+from curation.recipe.train import Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
 CLIP_L14 = Embed(model="ViT-L-14", pretrained="datacomp_xl_s13b_b90k", batch_size=256)
@@ -49,27 +47,59 @@ def laion() -> CurateRecipe:
     )
 
 
-RECIPES: dict[str, Callable[[], CurateRecipe]] = {
+CURATE: dict[str, Callable[[], CurateRecipe]] = {
     recipe.__name__: recipe for recipe in (debug, small, medium, large, laion)
 }
+"""Recipes of `jobs.curate`, by name."""
 
 
-def load_recipe(name: str) -> CurateRecipe:
-    """A recipe by name, or from the JSON file of one (a run's recipe.json too). ValueError if there is none."""
-    if name in RECIPES:
-        return RECIPES[name]()
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        try:
-            return CurateRecipe.model_validate_json(_recipe_text(path))
-        except ValueError as error:  # no JSON, or not of our fields
-            raise ValueError(f"{name} is no recipe of ours: {error}") from error
-    nearest = get_close_matches(name, RECIPES, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"no recipe {name!r}: known are {', '.join(RECIPES)}, or a .json file{hint}")
+def debug_train() -> TrainRecipe:
+    """Any curated pool on a CPU: the nano model, small batches."""
+    return TrainRecipe(
+        name="debug",
+        learner=Weights(model="nano"),
+        train=Train(num_steps=100, sub_batch=64, score_batch=256, learning_rate=2e-3, warmup=0.1),
+        compute=Workers(device="cpu"),
+        checkpoint_every=50,
+    )
 
 
-def _recipe_text(path: Path) -> str:
-    """The recipe's JSON, out of a plain recipe file or a run's recipe.json, which holds versions beside it."""
-    whole = json.loads(path.read_text())
-    return json.dumps(whole.get("recipe", whole) if isinstance(whole, dict) else whole)
+def small_train() -> TrainRecipe:
+    """ViT-B/32 from random weights on one GPU: JEST with b = 4,096 out of 20,480."""
+    return TrainRecipe(
+        name="small",
+        learner=Weights(model="ViT-B-32"),
+        train=Train(num_steps=30_000, sub_batch=4096, micro_batches=2),
+        compute=Workers(device="cuda", feed_actors=12),
+        checkpoint_every=1000,
+    )
+
+
+def jest_train() -> TrainRecipe:
+    """JEST's own scale (arXiv:2406.17711): SigLIP ViT-B/16, b = 32,768 out of 163,840, 4 billion samples trained."""
+    return TrainRecipe(
+        name="jest",
+        learner=Weights(model="ViT-B-16-SigLIP"),
+        train=Train(num_steps=122_070, sub_batch=32_768, cooldown=0.1, floor=0.1),
+        compute=Workers(device="cuda", workers=32, feed_actors=12),
+        ledger=Remember(actors=8),
+        checkpoint_every=1000,
+    )
+
+
+TRAIN: dict[str, Callable[[], TrainRecipe]] = {"debug": debug_train, "small": small_train, "jest": jest_train}
+"""Recipes of `jobs.train`, by name."""
+
+
+def _reference(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe for a model that is trained on every row."""
+    every_row = {"filter_ratio": 0.0}
+    return recipe.model_copy(update={"method": {"name": "uniform"}, "train": recipe.train.model_copy(update=every_row)})
+
+
+REFERENCE: dict[str, Callable[[], TrainRecipe]] = {
+    "debug": lambda: _reference(debug_train()),
+    "small": lambda: _reference(small_train()),
+    "jest": lambda: _reference(jest_train()),
+}
+"""Recipes of `jobs.fit reference`, by name."""

@@ -87,11 +87,16 @@ def check_same_run(records: Mapping[int, Mapping[str, Any]], made_by: Mapping[st
     key = digest(made_by)
     for number, record in records.items():
         if record.get("key") != key:
-            changes = "; ".join(_differences(record.get("made_by", {}), made_by))
-            raise OtherRun(
-                f"the output already holds shard {number} made with another recipe ({changes}). "
-                "Committed pieces are never overwritten: choose another output, or the former recipe."
-            )
+            check_same(record.get("made_by", {}), made_by, what=f"shard {number}")
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, what: str) -> None:
+    """OtherRun, naming the fields that differ, if `what` the output holds was made by something else than `new`."""
+    if changes := "; ".join(_differences(old, new)):
+        raise OtherRun(
+            f"the output already holds {what} made with another recipe ({changes}). "
+            "What is committed is never overwritten: choose another output, or the former recipe."
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

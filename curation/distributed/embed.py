@@ -134,6 +134,8 @@ class ShardEmbed:
             **piece.account(),
             "warnings": dict(sorted(reader.warnings.items())),
             "batch_size": self._batch_size,
+            "logit_scale": self._towers.logit_scale,
+            "logit_bias": self._towers.logit_bias,
             "seconds": {name: round(value, 4) for name, value in piece.seconds.items()},
         }
         if self._batch_size < spec.batch_size:

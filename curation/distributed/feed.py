@@ -79,11 +79,12 @@ def blocks(
 ) -> Iterator[Block]:
     """The share's block of each step, in order. OSError if storage fails for good, StaleTable if a shard changed."""
     for wave in (steps[at : at + STEPS_PER_WAVE] for at in range(0, len(steps), STEPS_PER_WAVE)):
-        plan = [_plan_row(step, shards, rounds, share) for step in wave]
+        plan = [plan_step(step, shards, rounds, share) for step in wave]
         yield from _read_wave(spec, plan, share, actors=actors, prefetch=prefetch)
 
 
-def _plan_row(step: int, shards: list[OfferedShard], rounds: Rounds, share: Share) -> pa.Table:
+def plan_step(step: int, shards: list[OfferedShard], rounds: Rounds, share: Share) -> pa.Table:
+    """One row for ReadShare: which rows of which shards the share holds at a step."""
     numbers, urls, rows = [], [], []
     for piece in rounds.pieces(*share.rows(step)):
         shard = shards[piece.place]

@@ -26,7 +26,7 @@ from curation.distributed import select as selection
 from curation.distributed import versions
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
-from curation.distributed.resources import Placement, cluster, place
+from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.write import write_selection
 from curation.models.clip import weights_digest
 from curation.recipe import CurateRecipe
@@ -118,7 +118,7 @@ def curate(recipe: CurateRecipe, *, watch: Watch | None = None) -> Summary:
     recipe = _resolved(recipe)
     with Lease(recipe.output):
         plan = make_plan(recipe)  # what is wrong with the pool is told before Ray starts
-        with cluster(recipe.compute):
+        with cluster(num_cpus=cpus_wanted(recipe.compute)):
             embedded = _embed(recipe, plan, watch)
             summary = _account(embedded, plan)
             _write_drops(recipe.output, [record for record in embedded.pool if record["dropped"]])

@@ -32,10 +32,11 @@ class Placement(NamedTuple):
 
 
 @contextlib.contextmanager
-def cluster(compute: Compute) -> Iterator[None]:
+def cluster(*, num_cpus: int) -> Iterator[None]:
     """A connection to Ray: the one there is, the cluster that RAY_ADDRESS or a submitted job names, or one of our own.
 
-    A Ray of our own listens with a token made for this run, has no dashboard, and ends with the block.
+    A Ray of our own has at least `num_cpus` logical CPUs, listens with a token made for this run, has no dashboard, and
+    ends with the block.
     """
     _quieten()
     if ray.is_initialized():
@@ -45,27 +46,30 @@ def cluster(compute: Compute) -> Iterator[None]:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level=logging.ERROR)
         else:
-            _start_local(compute)
+            _start_local(num_cpus)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start_local(compute: Compute) -> None:
+def _start_local(num_cpus: int) -> None:
     # With a token at hand and no mode set, ray.init turns token authentication on; without one it would leave a token
     # of its own in the home folder. Setting the mode here would come too late: Ray reads it when it is imported.
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    cpus = len(os.sched_getaffinity(0))
-    wanted = (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
     ray.init(
         address="local",
-        num_cpus=max(cpus, wanted),
+        num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def cpus_wanted(compute: Compute) -> int:
+    """CPUs that the embedding actors take."""
+    return (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
 
 
 @contextlib.contextmanager

@@ -101,9 +101,13 @@ class ClipNetwork(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> TowerOutput:
         """uint8 (n, S_h, S_w, 3) and int64 (n, L) -> both embeddings, scale and bias."""
+        return TowerOutput(self.embed_images(pixels), self.embed_texts(tokens), *self.scale_and_bias())
+
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Scalars: the logit scale, already exponentiated, and the bias, 0 for a model without one."""
         scale, bias = self.log_scale.exp(), cast(Any, self.clip).logit_bias
         bias = torch.zeros_like(scale) if bias is None else bias
-        return TowerOutput(self.embed_images(pixels), self.embed_texts(tokens), scale.squeeze(), bias.squeeze())
+        return scale.squeeze(), bias.squeeze()
 
 
 class Towers:

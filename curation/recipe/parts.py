@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Annotated, Any, Literal, Self
 
 import tyro
@@ -65,6 +66,26 @@ class WholeRecipe(Part):
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ValueError(f"format_version {version} is newer than this code's {FORMAT_VERSION}: update curation")
         return fields
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """A method from its JSON, or from its name alone. ValueError if it is neither."""
+    method = json.loads(text) if text.lstrip().startswith("{") else {"name": text}
+    selector_of(method)
+    return method
+
+
+MethodArgument = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME|JSON",
+        instance_from_str=lambda words: parse_method(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda method: [json.dumps(method)],
+    ),
+]
+"""{"name": a file in curation/methods, and the fields of its selector}; on the command line the name alone will do."""
 
 
 def selector_of(method: dict[str, Any]) -> Selector:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from curation.numerics.contrastive import load_objective
-from curation.recipe.parts import Part, WholeRecipe, selector_of
+from curation.recipe.parts import MethodArgument, Part, WholeRecipe, selector_of
 from curation.selector import Selector
 
 REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
@@ -21,6 +21,8 @@ class Data(Part):
     reference's embeddings."""
     segment_rows: int = Field(default=256, gt=0)
     """Neighbouring rows that are read as one byte range; a round visits the segments in a seeded random order."""
+    max_pixels: int = Field(default=90_000_000, gt=0)
+    """An image whose header says more is not decoded."""
     truth: str | None = None
     """A parquet table with `uid` and a boolean column, for the log alone: which samples are known to be junk."""
     truth_column: str = "junk"
@@ -155,7 +157,7 @@ class TrainRecipe(WholeRecipe):
     data: Data = Data()
     learner: Weights = Weights()
     reference: Reference = Reference()
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "jest"})
+    method: MethodArgument = Field(default_factory=lambda: {"name": "jest"})
     """{"name": a file in curation/methods, and the fields of its selector}; `uniform` is the rival of all."""
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

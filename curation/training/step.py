@@ -37,6 +37,7 @@ class StepReport(NamedTuple):
     """What a step saw, all of it before the weights changed; of the whole batch, but for `losses`."""
 
     loss: float  # mean of weight * loss
+    mean_loss: float  # mean of loss
     losses: Tensor  # (n,) of this rank's rows, unweighted, detached
     accuracy: float  # share of images whose own text is nearest, within the batch
     grad_norm: float  # before clipping
@@ -118,11 +119,13 @@ def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> Step
         texts_MD = text_nD if within is None else within.text_MD
         own = torch.arange(len(losses), device=losses.device) + (0 if within is None else within.first)
         hits = ((image_nD @ texts_MD.T).argmax(dim=1) == own).sum()
-        sums = sum_over_ranks(torch.stack([(weights * losses).sum(), hits.to(losses.dtype)]))
+        sums = sum_over_ranks(torch.stack([(weights * losses).sum(), losses.sum(), hits.to(losses.dtype)]))
+        loss, mean_loss, accuracy = (sums / (world_size * len(losses))).tolist()
     return StepReport(
-        loss=sums[0].item() / (world_size * len(losses)),
+        loss=loss,
+        mean_loss=mean_loss,
         losses=losses.detach(),
-        accuracy=sums[1].item() / (world_size * len(losses)),
+        accuracy=accuracy,
         grad_norm=0.0,
         logit_scale=logit_scale.item(),
     )

@@ -14,6 +14,7 @@ import pytest
 import ray
 from PIL import Image
 
+from curation.distributed.pipeline import curate
 from curation.distributed.resources import cluster
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
 
@@ -26,7 +27,7 @@ WriteShard = Callable[..., Path]
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray that all the tests share: starting one costs seconds, and each worker imports torch."""
-    with cluster(Compute(device="cpu", actors=LOGICAL_CPUS)):
+    with cluster(num_cpus=LOGICAL_CPUS):
         yield
     assert not ray.is_initialized()
 
@@ -71,6 +72,23 @@ def small_pool(tmp_path_factory: pytest.TempPathFactory, write_shard: WriteShard
     write_shard(root / "b" / "00000.tar", count=33, seed=4, broken=[0])
     write_shard(root / "b" / "00007.tar", count=8, seed=5)
     return root
+
+
+@pytest.fixture(scope="session")
+def curated(ray_session: None, tmp_path_factory: pytest.TempPathFactory, write_shard: WriteShard) -> Path:
+    """The run of a curated pool of six shards, 240 samples of which 236 can be trained on."""
+    root = tmp_path_factory.mktemp("curated")
+    for number in range(6):
+        broken = {1: [0, 17], 4: [38, 39]}.get(number, [])
+        write_shard(root / "pool" / f"{number:05d}.tar", count=40, seed=50 + number, broken=broken)
+    recipe = CurateRecipe(
+        pool=Pool(shards=str(root / "pool")),
+        embed=Embed(model="nano", batch_size=32, seed=7),
+        compute=Compute(device="cpu", actors=2),
+        output=str(root / "run"),
+    )
+    assert not curate(recipe).failures
+    return root / "run"
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import demo
 from jobs.demo_pool import DemoPool
 
-ARGUMENTS = ["--samples", "200", "--reference-pairs", "130", "--reference-steps", "2"]
+ARGUMENTS = ["--samples", "200", "--reference-pairs", "130", "--reference-steps", "2", "--race-steps", "3"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -24,6 +25,10 @@ def test_the_demo_ends_with_the_truth_and_a_second_run_decodes_nothing(
     assert shares["clean"]["pool"] + shares["junk in all"]["pool"] == 200
     assert shares["clean"]["kept"] + shares["junk in all"]["kept"] == round(198 * demo.KEEP_FRACTION)
     assert shares["corrupt"]["kept"] == 0
+    assert "race.png" in said and (tmp_path / "race.png").stat().st_size > 10_000
+    for method, loaded in (("uniform", 60), ("jest", 300)):
+        steps = pq.read_table(tmp_path / f"race-{method}-3" / "train" / "steps.parquet")
+        assert steps["samples_loaded"].to_pylist()[-1] == loaded and steps["samples_trained"].to_pylist()[-1] == 60
 
     checkpoint = next(tmp_path.glob("reference-*.pt"))
     trained = checkpoint.stat().st_mtime_ns

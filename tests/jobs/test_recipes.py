@@ -1,41 +1,46 @@
 import json
+from functools import partial
 
 import pytest
 
 from curation.columns import FORMAT_VERSION
-from curation.recipe import CurateRecipe, Select, Threshold
-from jobs.recipes import RECIPES, load_recipe
+from curation.recipe import CurateRecipe, Select, Threshold, TrainRecipe
+from jobs.command import load_recipe
+from jobs.recipes import CURATE, TRAIN
+
+load = partial(load_recipe, recipes=CURATE, recipe_type=CurateRecipe)
+load_train = partial(load_recipe, recipes=TRAIN, recipe_type=TrainRecipe)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CURATE)
 def test_a_named_recipe_bears_its_name_and_round_trips(name, tmp_path):
-    recipe = load_recipe(name)
+    recipe = load(name)
     assert recipe.name == name
     (tmp_path / "saved.json").write_text(recipe.model_dump_json())
-    assert load_recipe(str(tmp_path / "saved.json")) == recipe
+    assert load(str(tmp_path / "saved.json")) == recipe
 
 
 def test_debug_needs_no_gpu_and_no_download():
-    recipe = load_recipe("debug")
+    recipe = load("debug")
     assert (recipe.compute.device, recipe.embed.model) == ("cpu", "nano")
     assert recipe.embed.pretrained is None
     assert recipe.embed.checkpoint is None
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "debug"])
+@pytest.mark.parametrize("name", [name for name in CURATE if name != "debug"])
 def test_every_other_recipe_ranks_by_trained_weights(name):
-    assert load_recipe(name).embed.pretrained
+    assert load(name).embed.pretrained
 
 
 def test_laion_keeps_what_scores_at_least_0_28():
-    assert load_recipe("laion").selection == (Select(method={"name": "clip_score"}, min_score=0.28),)
+    assert load("laion").selection == (Select(method={"name": "clip_score"}, min_score=0.28),)
 
 
 def test_a_runs_own_recipe_json_runs_it_again(tmp_path):
     recipe = CurateRecipe(selection=(Threshold(column="json.punsafe", at_most=0.5),), output="/out", seed=3)
     whole = {"format_version": FORMAT_VERSION, "recipe": recipe.model_dump(mode="json"), "versions": {"torch": "2"}}
     (tmp_path / "recipe.json").write_text(json.dumps(whole))
-    assert load_recipe(str(tmp_path / "recipe.json")) == recipe
+    assert load(str(tmp_path / "recipe.json")) == recipe
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_a_runs_own_recipe_json_runs_it_again(tmp_path):
 )
 def test_an_unknown_name_is_told_what_there_is(name, message):
     with pytest.raises(ValueError, match=message):
-        load_recipe(name)
+        load(name)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +76,18 @@ def test_an_unknown_name_is_told_what_there_is(name, message):
 def test_a_file_that_is_no_recipe_is_named_with_the_reason(tmp_path, text, message):
     (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"(?s)bad\.json is no recipe of ours: .*{message}"):
-        load_recipe(str(tmp_path / "bad.json"))
+        load(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_named_training_recipe_bears_its_name_and_round_trips(name, tmp_path):
+    recipe = load_train(name)
+    assert recipe.name == name
+    (tmp_path / "saved.json").write_text(recipe.model_dump_json())
+    assert load_train(str(tmp_path / "saved.json")) == recipe
+
+
+def test_the_jest_recipe_has_the_papers_sizes():
+    train = load_train("jest").train
+    assert (train.super_batch, train.sub_batch, train.filter_ratio) == (163_840, 32_768, 0.8)
+    assert train.num_steps * train.sub_batch >= 4_000_000_000 - 32_768

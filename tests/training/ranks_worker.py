@@ -13,9 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from curation.models.clip import TowerOutput
+from curation.methods import load_selector
+from curation.models.clip import TowerOutput, build_network
 from curation.numerics.contrastive import sigmoid_loss, softmax_loss
 from curation.training.collectives import Handover, gather, hand_over, ranks
+from curation.training.contrastive import make_optimizer
+from curation.training.online import Scope, choose
+from curation.training.online_step import OnlineSettings, OnlineTrainer, Reference
 from curation.training.step import NotFinite, PairBatch, contrastive_step
 
 WHOLE = 12
@@ -62,6 +66,75 @@ def train(objective, *, micro_batches: int) -> dict[str, Tensor]:
     return {**towers.state_dict(), **{name: torch.tensor(value) for name, value in told.items()}}
 
 
+def super_batch(*, size: int = 48, broken: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """This rank's part of a super-batch of reference and learner embeddings, addresses in no order."""
+    rank, world_size = ranks()
+    generator = torch.Generator().manual_seed(9)
+    unit = [nn.functional.normalize(torch.randn(size, 8, generator=generator), dim=1) for _ in range(4)]
+    ok = torch.ones(size, dtype=torch.bool)
+    ok[list(broken)] = False
+    columns = {
+        "address": torch.randperm(size, generator=generator) + 1000,
+        "uid": torch.randint(-(2**62), 2**62, (size, 2), generator=generator),
+        "ok": ok,
+        "clip_score": torch.randn(size, generator=generator),
+        **dict(zip(("image_embedding", "text_embedding"), unit[:2], strict=True)),
+        **dict(
+            zip(("reference_image_embedding", "reference_text_embedding"), [u.half() for u in unit[2:]], strict=True)
+        ),
+    }
+    values = {"logit_scale": 12.0, "logit_bias": -3.0, "reference_logit_scale": 30.0, "reference_logit_bias": -9.0}
+    part = size // world_size
+    own = {name: column[rank * part : (rank + 1) * part] for name, column in columns.items()}
+    return {**own, **{name: torch.tensor(value) for name, value in values.items()}}
+
+
+def chosen(method: str, *, scope: Scope = "global", quota: bool = False, broken: tuple[int, ...] = ()) -> dict:
+    rows = super_batch(broken=broken)
+    made = choose(load_selector(method), rows, keep=12, progress=0.5, seed=3, step=7, scope=scope, quota=quota)
+    [received] = hand_over([rows["address"]], made.handovers)
+    return {
+        "selected": made.selected["address"].tolist(),
+        "trained": rows["address"][made.own].tolist() + received.tolist(),
+        "weights": made.weights.tolist(),
+        "scores": dict(zip(rows["address"].tolist(), made.scores.tolist(), strict=True)),
+        "own": rows["address"][made.is_own_selected].tolist(),
+        "part": rows["address"].tolist(),
+    }
+
+
+def online_step(method: str) -> dict[str, Tensor | float]:
+    """Two steps of the nano model on a super-batch of 24."""
+    rank, world_size = ranks()
+    network = build_network("nano", seed=0)
+    generator = torch.Generator().manual_seed(4)
+    part = 24 // world_size
+    own = slice(rank * part, (rank + 1) * part)
+    block = {
+        "pixels": torch.randint(0, 256, (24, 48, 48, 3), dtype=torch.uint8, generator=generator)[own],
+        "tokens": torch.randint(1, 400, (24, 28), generator=generator)[own],
+        "address": torch.arange(24)[own],
+        "uid": torch.randint(-(2**62), 2**62, (24, 2), generator=generator)[own],
+        "ok": torch.ones(24, dtype=torch.bool)[own],
+        **{
+            f"reference_{side}_embedding": nn.functional.normalize(torch.randn(24, 8, generator=generator), dim=1)[own]
+            for side in ("image", "text")
+        },
+    }
+    settings = OnlineSettings(keep=12, num_steps=4, seed=1)
+    reference = Reference(20.0, -5.0, None)
+    optimizer = make_optimizer(network, learning_rate=1e-3)
+    trainer = OnlineTrainer(network, optimizer, load_selector(method), settings, reference=reference)
+    outcomes = [trainer.step(number, block) for number in range(2)]
+    return {
+        "losses": torch.tensor([outcome.report.loss for outcome in outcomes]),
+        "reference": torch.tensor([outcome.reference_loss or 0.0 for outcome in outcomes]),
+        "selected": torch.stack([outcome.chosen.selected["address"] for outcome in outcomes]),
+        "trained": torch.cat([outcome.trained for outcome in outcomes]),
+        "recorded": torch.cat([outcome.recorded[0] for outcome in outcomes]),
+    }
+
+
 def not_finite_on_one_rank() -> str:
     """Every rank hears of it, none goes on alone."""
     rank, _ = ranks()
@@ -89,6 +162,14 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
         "not finite": not_finite_on_one_rank(),
         "gathered": [gather(torch.full((2,), rank, dtype=dtype)) for dtype in (torch.int64, torch.float16, torch.bool)],
     }
+    for method in ("jest", "clip_score", "uniform"):
+        results[f"choose {method}"] = chosen(method)
+    results["choose with broken rows"] = chosen("jest", broken=(0, 5, 40))
+    results["choose locally"] = chosen("clip_score", scope="local")
+    results["choose by quota"] = chosen("clip_score", quota=True)
+    results["online uniform"] = online_step("uniform")
+    results["online jest"] = online_step("jest")
+    results["online rho"] = online_step("rho")
     rows = torch.arange(3) + 10 * rank
     # The last rank gets rows 2 and 0 of rank 0, and rank 0 gets row 1 of the last.
     last = world_size - 1

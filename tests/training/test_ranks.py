@@ -67,3 +67,57 @@ def test_rows_are_handed_over_in_the_order_of_the_list(results, world_size: int)
     assert saved[0]["handed over"][0].tolist() == [10 * (world_size - 1) + 1]
     for middle in saved[1:-1]:
         assert middle["handed over"][0].shape == (0,) and middle["handed over"][1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("what", ["choose jest", "choose clip_score", "choose uniform", "choose with broken rows"])
+def test_the_selection_is_the_same_for_any_number_of_ranks(results, what: str, world_size: int) -> None:
+    alone = results[1][0][what]
+    assert len(set(alone["selected"])) == 12 and alone["selected"] == sorted(alone["selected"])
+    for saved in results[world_size]:
+        assert saved[what]["selected"] == alone["selected"]
+        assert all(
+            torch.equal(torch.tensor(score), torch.tensor(alone["scores"][address])) or score != score
+            for address, score in saved[what]["scores"].items()
+        )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("what", ["choose jest", "choose locally", "choose by quota", "choose with broken rows"])
+def test_every_chosen_row_is_trained_once_and_every_rank_trains_as_many(results, what: str, world_size: int) -> None:
+    ranks = [saved[what] for saved in results[world_size]]
+    assert sorted(address for rank in ranks for address in rank["trained"]) == ranks[0]["selected"]
+    assert {len(rank["trained"]) for rank in ranks} == {len(rank["weights"]) for rank in ranks} == {12 // world_size}
+    assert sorted(address for rank in ranks for address in rank["own"]) == ranks[0]["selected"]
+
+
+@pytest.mark.parametrize("what", ["choose locally", "choose by quota"])
+def test_local_scope_and_quotas_take_as_many_rows_of_each_rank(results, what: str) -> None:
+    for rank in results[3]:
+        assert len(rank[what]["own"]) == 4
+        best = sorted(rank[what]["part"], key=lambda address: -rank[what]["scores"][address])[:4]
+        assert set(rank[what]["own"]) == set(best)
+    assert results[3][0][what]["selected"] != results[1][0][what]["selected"]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_rows_that_are_not_ok_are_never_chosen(results, world_size: int) -> None:
+    for saved in results[world_size]:
+        broken = {address for address, score in saved["choose with broken rows"]["scores"].items() if score != score}
+        assert not broken & set(saved["choose with broken rows"]["selected"])
+    found = sum(
+        score != score for saved in results[world_size] for score in saved["choose with broken rows"]["scores"].values()
+    )
+    assert found == 3
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("what", ["online uniform", "online jest", "online rho"])
+def test_online_steps_are_the_same_for_any_number_of_ranks(results, what: str, world_size: int) -> None:
+    alone, ranks = results[1][0][what], [saved[what] for saved in results[world_size]]
+    for rank in ranks:
+        assert torch.equal(rank["selected"], alone["selected"])
+        torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rank["reference"], alone["reference"])
+    assert sorted(torch.cat([rank["trained"] for rank in ranks]).tolist()) == sorted(alone["trained"].tolist())
+    assert sorted(torch.cat([rank["recorded"] for rank in ranks]).tolist()) == sorted([*range(24), *range(24)])

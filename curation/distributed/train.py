@@ -1,0 +1,436 @@
+"""A training run from end to end: check everything, start ledger and workers, gather the log, keep the account.
+
+What can be wrong is said before anything starts: a cache that is missing or another model's, impossible sizes, an
+output that another recipe made. A run that was killed goes on from its newest checkpoint, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+
+from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS
+from curation.data import manifest, offered, shard_list, step_log, storage, tables
+from curation.data.lease import Lease
+from curation.data.offered import OfferedShard
+from curation.data.shards import ReadRules
+from curation.distributed import versions
+from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.distributed.ledger_actor import LedgerClient, LedgerHandles, start_ledger
+from curation.distributed.resources import cluster
+from curation.distributed.train_loop import LEDGER, LoopSpec, progress_url, train_loop
+from curation.ledger import LedgerSpec, gini
+from curation.models.clip import Precision, weights_digest
+from curation.recipe import Pool, TrainRecipe
+from curation.training.online_step import LEARNER_COLUMNS, REFERENCE_COLUMNS
+
+CHECKPOINTS_KEPT = 2
+REPORT_POLL_S = "0.2"
+PROGRESS_EVERY_S = 2.0
+MADE_HERE = frozenset(
+    {"address", "uid", "ok", "logit_scale", "logit_bias", "reference_logit_scale", "reference_logit_bias", "round"}
+    | {"reference_loss"}
+    | LEARNER_COLUMNS
+    | REFERENCE_COLUMNS
+    | LEDGER_COLUMNS
+)
+"""Columns and run values that a training run has without reading them from the run's tables under their own name."""
+
+
+class TrainFailed(RuntimeError):
+    """The workers could not go on."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The account of a training run, as train/summary.json holds it. `failures` is empty if and only if all is well."""
+
+    steps: int
+    samples_loaded: int
+    """Rows of all super-batches. A super-batch may span two rounds, so none is loaded without being in one."""
+    samples_trained: int
+    samples_not_decoded: int
+    """Of those loaded: could be decoded when they were curated, and cannot now. They are never chosen."""
+    rounds: float
+    seconds: float
+    """Of this start of the run, all told; the steps' own are in train/steps.parquet."""
+    flops: float
+    last: dict[str, Any]
+    """The last evaluation, or the last step's figures if there was none."""
+    ledger: dict[str, Any]
+    weights: str
+    failures: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+
+class TrainWatch:
+    """Hears how a training run gets on. This one is silent; jobs print."""
+
+    def planned(self, recipe: TrainRecipe, *, rows: int, done: int) -> None:
+        """All was checked; the pool offers `rows` rows, `done` steps were done before."""
+
+    def progress(self, noted: dict[str, Any]) -> None:
+        """What rank 0 noted last."""
+
+
+def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None) -> TrainSummary:
+    """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse, TrainFailed if it does not end well.
+
+    A run that is done is not done again.
+    """
+    watch = watch or TrainWatch()
+    recipe = _resolved(recipe)
+    with Lease(recipe.output):
+        plan = _checked(recipe)
+        _commit_to(recipe, plan)
+        if finished := _finished(recipe):
+            return finished
+        shards = offered.load(_pool_url(recipe))
+        watch.planned(recipe, rows=sum(shard.offered for shard in shards), done=_steps_done(recipe))
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_POLL_S)
+        with cluster(num_cpus=recipe.compute.workers * recipe.compute.feed_actors):
+            summary = _run(recipe, plan, shards, watch)
+        storage.write_bytes(_summary_url(recipe), json.dumps(dataclasses.asdict(summary), indent=1).encode())
+    return summary
+
+
+def check(recipe: TrainRecipe) -> int:
+    """Rows that the pool offers. ValueError if the recipe cannot run as it is; nothing is touched."""
+    return sum(shard.offered for shard in _checked(_resolved(recipe)).shards)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the recipe and the curated run come to."""
+
+    shards: list[OfferedShard]
+    rules: ReadRules
+    columns: tuple[str, ...]
+    reference_scale: float | None
+    reference_bias: float | None
+    identity: dict[str, Any]
+    """All that decides what a step does; a run goes on only with the same."""
+
+
+def _resolved(recipe: TrainRecipe) -> TrainRecipe:
+    if not recipe.data.run:
+        raise ValueError("data.run is empty: name the folder of a curated pool, as in --data.run runs/first")
+    if not recipe.output:
+        raise ValueError("output is empty: name a folder or URL for the run, as in --output DIR")
+    run, output = storage.absolute(recipe.data.run), storage.absolute(recipe.output)
+    if run == output:
+        raise ValueError(f"output must not be data.run itself, got {output} for both")
+    return recipe.model_copy(update={"output": output, "data": recipe.data.model_copy(update={"run": run})})
+
+
+def _checked(recipe: TrainRecipe) -> _Plan:
+    """ValueError that says what is missing, and which command makes it."""
+    run = recipe.data.run
+    curate_command = f"python -m jobs.curate RECIPE --pool.shards 'PATTERN' --output {run}"
+    if not storage.exists(storage.join(run, "recipe.json")):
+        raise ValueError(f"data.run: {run} is no run of jobs.curate; make it with: {curate_command}")
+    curated = manifest.read(storage.join(run, "recipe.json"))
+    records = manifest.committed(run, EMBED_STAGE)
+    known = [shard for shard in shard_list.load(run) if not shard.retired]
+    if pending := [shard.url for shard in known if shard.number not in records]:
+        raise ValueError(
+            f"data.run: {len(pending)} of {len(known)} shards are not embedded yet, {pending[0]} first; "
+            f"go on with: {curate_command}"
+        )
+    shards = offered.offered_shards(run, records)
+    num_rows = sum(shard.offered for shard in shards)
+    if recipe.train.super_batch > num_rows:
+        raise ValueError(
+            f"train.super_batch is {recipe.train.super_batch} (sub_batch {recipe.train.sub_batch}, filter_ratio "
+            f"{recipe.train.filter_ratio}), but {run} offers {num_rows} rows"
+        )
+    columns = _columns(recipe, run, shards)
+    scale, bias = _cached_reference(recipe, curated, records, shards)
+    if recipe.data.truth is not None and not storage.exists(recipe.data.truth):
+        raise ValueError(f"data.truth: no file {recipe.data.truth}")
+    if recipe.evaluate.shards:
+        storage.list_shards(recipe.evaluate.shards)
+    learner = recipe.learner
+    learner_digest = weights_digest(
+        learner.model, pretrained=learner.pretrained, checkpoint=learner.checkpoint, seed=learner.seed
+    )
+    # What may change between two starts of one run: where it runs, how often it saves and measures.
+    described = recipe.model_dump(
+        mode="json", exclude={"name", "output", "compute", "checkpoint_every", "evaluate", "format_version"}
+    )
+    identity = {**_flat(described), "learner.weights": learner_digest}
+    identity["data.embedded_by"] = curated["embedded_by"]["embed.weights"]
+    rules = Pool.model_validate(curated["recipe"]["pool"]).read_rules()
+    return _Plan(shards, rules, columns, scale, bias, identity)
+
+
+def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple[str, ...]:
+    """Columns of the run's tables that travel with the rows. ValueError if the method needs one that they lack."""
+    needs = recipe.selector().needs
+    available = set(tables.column_names(run, shards[0].number))
+    stored = sorted(needs - MADE_HERE)
+    missing = [name for name in stored if name not in available and not name.startswith(JSON_PREFIX)]
+    if missing:
+        raise ValueError(f"method {recipe.method['name']!r} needs the column {missing[0]!r}, which {run} lacks")
+    cached = [] if recipe.reference.online else ["image_embedding"]
+    if needs & (REFERENCE_COLUMNS | {"reference_loss"}) and not recipe.reference.online:
+        cached.append("text_embedding")
+    return (*stored, *cached)
+
+
+def _cached_reference(
+    recipe: TrainRecipe, curated: dict[str, Any], records: dict[int, dict], shards: list[OfferedShard]
+) -> tuple[float | None, float | None]:
+    """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
+    if recipe.reference.online:
+        return None, None
+    made_by, weights = curated["embedded_by"], recipe.reference.weights
+    if weights is not None:
+        digest = weights_digest(
+            weights.model, pretrained=weights.pretrained, checkpoint=weights.checkpoint, seed=weights.seed
+        )
+        if digest != made_by["embed.weights"]:
+            wanted = weights.checkpoint or weights.pretrained or f"seed {weights.seed}"
+            raise ValueError(
+                f"reference.weights: the cache in {recipe.data.run} was made by another model ({made_by['embed.model']}"
+                f"), not by {weights.model} ({wanted}). Make one of this model: python -m jobs.curate RECIPE "
+                f"--pool.shards 'PATTERN' --embed.model {weights.model} ... --output OTHER"
+            )
+    record = records[shards[0].number]
+    if "logit_scale" not in record:
+        raise ValueError(f"data.run: {recipe.data.run} was made by an older version; curate it again to another output")
+    return record["logit_scale"], record["logit_bias"]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = [_flat(inner, f"{prefix}.{name}" if prefix else name) for name, inner in value.items()]
+    return {name: inner for part in parts for name, inner in part.items()}
+
+
+def _commit_to(recipe: TrainRecipe, plan: _Plan) -> None:
+    """Save what the run is before its first step, or check that it is still the same."""
+    url = storage.join(recipe.output, "recipe.json")
+    if storage.exists(url):
+        saved = manifest.read(url)
+        manifest.check_same(saved.get("identity", {}), plan.identity, what="a run")
+        return
+    offered.save(_pool_url(recipe), plan.shards)
+    whole = {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": plan.identity,
+        "versions": versions.packages(),
+        "code": versions.code(),
+        "seeds": {"rounds_and_selection": recipe.seed, "random_weights": recipe.learner.seed},
+    }
+    storage.write_bytes(url, json.dumps(whole, indent=1).encode())
+
+
+def _run(recipe: TrainRecipe, plan: _Plan, shards: list[OfferedShard], watch: TrainWatch) -> TrainSummary:
+    """Workers and ledger, until the last step. TrainFailed if they give up."""
+    begun = time.time()
+    device = _device(recipe)
+    kept = recipe.ledger
+    ledger = start_ledger(
+        recipe.output,
+        _shard_sizes(shards),
+        {LEDGER: LedgerSpec(kept.statistic, decay=kept.decay, variance=kept.variance)},
+        num_actors=kept.actors,
+    )
+    precision: Precision = "bfloat16" if device == "cuda" else "float32"
+    if recipe.train.precision != "auto":
+        precision = recipe.train.precision
+    spec = LoopSpec(
+        recipe=recipe,
+        precision=precision,
+        rules=plan.rules,
+        columns=plan.columns,
+        reference_scale=plan.reference_scale,
+        reference_bias=plan.reference_bias,
+        ledger=ledger,
+    )
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop,
+        train_loop_config={"spec": spec},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.compute.workers,
+            use_gpu=device == "cuda",
+            # No CPUs: on CPUs too they are left to the feed, which waits for them without a word if a worker has them.
+            resources_per_worker={"GPU": 1.0} if device == "cuda" else {"CPU": 0.001},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=storage.join(recipe.output, "train"),
+            failure_config=FailureConfig(max_failures=recipe.compute.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+        ),
+    )
+    try:
+        with _watched(recipe, watch):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        storage.write_bytes(storage.join(recipe.output, "train", "error.txt"), _whole_story(error).encode())
+        raise TrainFailed(f"{_cause(error)}. The whole story is in {recipe.output}/train/error.txt") from error
+    finally:
+        remembered = _remembered(ledger)
+        ledger.close()
+    return _account(recipe, shards, result, remembered, seconds=time.time() - begun)
+
+
+def _remembered(ledger: LedgerHandles) -> dict[str, Any]:
+    """What the ledger knows at the end of a run."""
+    client = LedgerClient(ledger, writer="driver", attempt=ledger.attempt())
+    usage = client.usage_histogram()
+    return {
+        "samples_scored": client.known(LEDGER),
+        "samples_used": int(usage[1:].sum()),
+        "uses": int((usage * np.arange(len(usage))).sum()),
+        "usage_gini": round(gini(usage), 6),
+        "saturated": sum(client.saturated().values()),
+    }
+
+
+def _device(recipe: TrainRecipe) -> str:
+    """cuda or cpu. ValueError if the cluster lacks the GPUs that the recipe asks for."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    device = recipe.compute.device if recipe.compute.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and gpus < recipe.compute.workers:
+        raise ValueError(f"compute.workers={recipe.compute.workers} need a GPU each, the cluster has {gpus}")
+    return device
+
+
+def _shard_sizes(shards: list[OfferedShard]) -> np.ndarray:
+    sizes = np.zeros(max(shard.number for shard in shards) + 1, np.int64)
+    for shard in shards:
+        sizes[shard.number] = shard.rows
+    return sizes
+
+
+@contextlib.contextmanager
+def _watched(recipe: TrainRecipe, watch: TrainWatch) -> Iterator[None]:
+    """Tells `watch` what rank 0 notes, from a thread, for as long as the block runs."""
+    url, over = progress_url(recipe.output), threading.Event()
+
+    def look() -> None:
+        seen = None
+        while not over.wait(PROGRESS_EVERY_S):
+            with contextlib.suppress(OSError, ValueError):  # not there yet, or being replaced: the next look tells
+                noted = json.loads(storage.read_bytes(url))
+                if noted != seen:
+                    watch.progress(noted)
+                    seen = noted
+
+    thread = threading.Thread(target=look, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _whole_story(error: Exception) -> str:
+    """Every failed worker's traceback."""
+    failures = getattr(error, "worker_failures", {})
+    return "\n\n".join([str(error), *(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items()))])
+
+
+def _cause(error: Exception) -> str:
+    """What the first worker that failed said, in one line."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        lines = re.findall(r"^[\w.]+(?:Error|Exception|Table|Taken|Attempt): .*$", str(failure), re.MULTILINE)
+        return f"rank {rank}: {lines[-1] if lines else repr(failure)}"
+    return str(error).strip().splitlines()[-1]
+
+
+def _account(
+    recipe: TrainRecipe, shards: list[OfferedShard], result: Any, ledger: dict[str, Any], *, seconds: float
+) -> TrainSummary:
+    steps = step_log.merge(recipe.output, "steps")
+    evaluations = step_log.merge(recipe.output, "evaluations")
+    done = steps["step"].to_pylist()[-1] if len(steps) else 0
+    failures = _failures(recipe, done)
+    last = (evaluations if len(evaluations) else steps).to_pylist()[-1:]
+    if not failures and result.checkpoint is not None:
+        _save_learner(recipe, result.checkpoint)
+    return TrainSummary(
+        steps=done,
+        samples_loaded=done * recipe.train.super_batch,
+        samples_trained=done * recipe.train.sub_batch,
+        samples_not_decoded=sum(steps["not_decoded"].to_pylist()) if len(steps) else 0,
+        rounds=round(done * recipe.train.super_batch / sum(shard.offered for shard in shards), 4),
+        seconds=round(seconds, 3),
+        flops=steps["flops"].to_pylist()[-1] if len(steps) else 0.0,
+        last=last[0] if last else {},
+        ledger=ledger,
+        weights=learner_url(recipe.output),
+        failures=failures,
+    )
+
+
+def _failures(recipe: TrainRecipe, done: int) -> list[str]:
+    """What stopped the run before its last step; an account of it is in train/failure/."""
+    if done == recipe.train.num_steps:
+        return []
+    folder = storage.join(recipe.output, "train", "failure")
+    told = [manifest.read(storage.join(folder, name)) for name in storage.names_in(folder) if name.endswith(".json")]
+    first = sorted(told, key=lambda failure: (failure["rows"] == [], failure["rank"]))[:1]
+    return [
+        f"step {failure['step']}, rank {failure['rank']}: {failure['why']}. The batch's addresses are in "
+        f"{folder}/rank-{failure['rank']}.json"
+        for failure in first
+    ] or [f"{done} of {recipe.train.num_steps} steps were done"]
+
+
+def _save_learner(recipe: TrainRecipe, newest: ray.train.Checkpoint) -> None:
+    """The learner's weights as open_clip and `--embed.checkpoint` load them."""
+    with newest.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+    with storage.write_atomic(learner_url(recipe.output)) as file:
+        torch.save(state["network"], file)
+
+
+def _finished(recipe: TrainRecipe) -> TrainSummary | None:
+    """The account of a run that came to its last step."""
+    if not storage.exists(_summary_url(recipe)):
+        return None
+    summary = TrainSummary(**manifest.read(_summary_url(recipe)))
+    return summary if summary.steps == recipe.train.num_steps and not summary.failures else None
+
+
+def _steps_done(recipe: TrainRecipe) -> int:
+    steps = step_log.read_parts(recipe.output, "steps")["step"]
+    return steps[-1].as_py() if len(steps) else 0
+
+
+def learner_url(output: str) -> str:
+    """Where a run leaves the learner's weights."""
+    return storage.join(output, "train", "learner.pt")
+
+
+def _pool_url(recipe: TrainRecipe) -> str:
+    return storage.join(recipe.output, "train", "pool.parquet")
+
+
+def _summary_url(recipe: TrainRecipe) -> str:
+    return storage.join(recipe.output, "train", "summary.json")

@@ -1,0 +1,98 @@
+"""What the jobs' command lines share: a recipe by name, its fields as flags, errors in one line, exit codes that tell.
+
+Exit code 0: all is well. 1: the run failed, and says why; what it committed stays, and the same command goes on from
+there. 2: the command or the recipe is wrong. 3: another run holds the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import tyro
+
+from curation.data.lease import OutputInUse
+from curation.distributed.pipeline import ActorsFailed
+from curation.distributed.train import TrainFailed
+from curation.recipe.parts import Part
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE = 0, 1, 2, 3
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Part)
+Recipes = Mapping[str, Callable[[], AnyRecipe]]
+
+
+class Command(NamedTuple):
+    """One job's command line: `python -m jobs.NAME RECIPE [--dry-run] [fields]`."""
+
+    name: str
+    doc: str | None
+
+    def run(
+        self,
+        arguments: list[str] | None,
+        *,
+        recipes: Recipes[AnyRecipe],
+        recipe_type: type[AnyRecipe],
+        job: Callable[[AnyRecipe], int],
+        dry_run: Callable[[AnyRecipe], None],
+    ) -> int:
+        """Read the recipe and run the job; returns the exit code."""
+        arguments = sys.argv[1:] if arguments is None else arguments
+        program = f"python -m jobs.{self.name}"
+        parser = argparse.ArgumentParser(program, description=self.doc, add_help=False)
+        parser.add_argument("recipe", nargs="?", help=f"{', '.join(recipes)}, or a .json file")
+        parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+        known, rest = parser.parse_known_args(arguments)
+        if known.recipe is None:
+            print(
+                f"usage: {program} RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(recipes)}, or a .json file; "
+                f"{program} RECIPE --help lists the fields.",
+                file=sys.stderr,
+            )
+            return EXIT_USAGE
+        try:
+            start = load_recipe(known.recipe, recipes=recipes, recipe_type=recipe_type)
+            recipe = tyro.cli(recipe_type, prog=f"{program} {known.recipe}", default=start, args=rest)
+            if known.dry_run:
+                dry_run(recipe)
+                print("dry run: nothing was touched")
+                return EXIT_OK
+            return job(recipe)
+        except OutputInUse as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_IN_USE
+        except ValueError as error:  # pydantic's ValidationError is one
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+        except (OSError, ActorsFailed, TrainFailed) as error:
+            print(
+                f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on.", file=sys.stderr
+            )
+            return EXIT_FAILED
+
+
+def load_recipe(name: str, *, recipes: Recipes[AnyRecipe], recipe_type: type[AnyRecipe]) -> AnyRecipe:
+    """A recipe by name, or from the JSON file of one (a run's recipe.json too). ValueError if there is none."""
+    if name in recipes:
+        return recipes[name]()
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return recipe_type.model_validate_json(_recipe_text(path))
+        except ValueError as error:  # no JSON, or not of our fields
+            raise ValueError(f"{name} is no recipe of ours: {error}") from error
+    nearest = get_close_matches(name, recipes, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"no recipe {name!r}: known are {', '.join(recipes)}, or a .json file{hint}")
+
+
+def _recipe_text(path: Path) -> str:
+    """The recipe's JSON, out of a plain recipe file or a run's recipe.json, which holds versions beside it."""
+    whole = json.loads(path.read_text())
+    return json.dumps(whole.get("recipe", whole) if isinstance(whole, dict) else whole)
