@@ -1,6 +1,10 @@
 """`python -m jobs.benchmark NAME`: speed claims as ratios against a named rival, measured in one run on one machine.
 
-    embed   jobs.curate against a hand-written loop; peak memory of a larger pool
+    embed    jobs.curate against a hand-written loop; peak memory of a larger pool
+    feed     a step of jobs.train on everything against a hand-written loop over webdataset
+    ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
+    race     what JEST's selection is worth against training on everything, on four axes, over seeds
+    select   JEST's selection against the dense algorithm; its share of the time that scoring takes
 
 `--tiny` runs the smallest size, which proves the command and measures nothing.
 """
@@ -10,9 +14,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jobs.benchmarks import embed
+from jobs.benchmarks import embed, feed, ledger, ledger_actors, race, select
+from jobs.benchmarks.pairs import provenance
+
+
+def _ledger(given: argparse.Namespace) -> dict[str, Any]:
+    alone = ledger.in_process(pairs=given.pairs, tiny=given.tiny)
+    actors = ledger_actors.through_actors(pairs=given.pairs, tiny=given.tiny)
+    return {**provenance(), "benchmark": "ledger", "in_process": alone, "through_actors": actors}
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
+    "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
+    "ledger": _ledger,
+    "race": lambda given: race.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,15 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m jobs.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=["embed"])
-    parser.add_argument("--shards", help="a pool to measure on; a demo pool is made if none is named")
+    parser.add_argument("name", choices=sorted(BENCHMARKS))
+    parser.add_argument("--shards", help="embed, feed: a pool to measure on; a demo pool is made if none is named")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs of runs (7)")
+    parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
+    parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
-    known = parser.parse_args(arguments)
-    figures = embed.benchmark(shards=known.shards, pairs=1 if known.tiny else known.pairs, tiny=known.tiny)
-    if known.json:
-        known.json.write_text(json.dumps(figures, indent=1) + "\n")
+    given = parser.parse_args(arguments)
+    if given.tiny:
+        given.pairs = given.seeds = 1
+    figures = BENCHMARKS[given.name](given)
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
