@@ -48,9 +48,14 @@ def flat_positions(addresses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     KeyError that names the first address which no shard holds.
     """
     addresses = np.asarray(addresses, dtype=np.int64)
-    shards, rows = shard_of(addresses), row_of(addresses)
-    known = (shards >= 0) & (shards < len(offsets) - 1)
-    held = known & (rows < np.diff(offsets, append=0)[np.where(known, shards, -1)])
+    shards, positions = shard_of(addresses), row_of(addresses)
+    # Every ledger update passes here: two gathers from the offsets and no array as long as the shard list.
+    if len(shards) == 0 or (0 <= shards.min() and shards.max() < len(offsets) - 1):
+        positions += offsets.take(shards)
+        held = positions < offsets.take(shards + 1)
+    else:
+        known = (shards >= 0) & (shards < len(offsets) - 1)
+        held = known & (positions < np.diff(offsets, append=offsets[-1])[np.where(known, shards, -1)])
     if not held.all():
         raise KeyError(f"address {int(addresses[~held][0])} is not in the pool")
-    return offsets[shards] + rows
+    return positions
