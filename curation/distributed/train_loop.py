@@ -45,6 +45,7 @@ from curation.training.step import NotFinite
 from curation.training.step_facts import KnownJunk, facts_of, fit_clusters
 
 PROGRESS_EVERY_S = 5.0
+SNAPSHOTS_KEPT = 2
 LEDGER = "score"
 """The name of the run's ledger."""
 TOTALS = ("samples_loaded", "samples_trained", "flops", "seconds")
@@ -213,6 +214,8 @@ class _Worker:
             trainer = self._trainer
             checkpoint.save(Path(folder), trainer.network, trainer.optimizer, Position(done, tag), self._totals)
             ray.train.report(last, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=tag)
+        # The newest checkpoint that Ray knows of may still be the one before.
+        self._ledger.forget(self._spec.ledger.states()[0]["tags"][:-SNAPSHOTS_KEPT])
 
     def close(self) -> None:
         """Wait until the ledger has all that was recorded."""
