@@ -19,7 +19,6 @@ import ray
 
 from curation.addresses import pack
 from curation.distributed.ledger_actor import LedgerClient, LedgerHandles, start_ledger
-from curation.distributed.resources import cluster
 from curation.ledger import LedgerSpec
 from jobs.benchmarks.pairs import interleaved, paired_ratio
 
@@ -44,6 +43,9 @@ WHOLE, TINY = Size(shards=1_000, batches=60, reads=25), Size(shards=8, batches=3
 
 def through_actors(*, pairs: int, tiny: bool) -> dict[str, Any]:
     """All figures of this benchmark, in a Ray that is running or one of its own."""
+    # Imported here because the rival's actor imports this file, and torch comes with it.
+    from curation.distributed.resources import cluster
+
     size = TINY if tiny else WHOLE
     with tempfile.TemporaryDirectory(prefix="curation-bench-") as folder, cluster(num_cpus=1):
         handles = start_ledger(

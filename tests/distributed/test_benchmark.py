@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benchmarks import embed
+from jobs import benchmark
+from jobs.benchmarks import embed, race
 from jobs.benchmarks.embed import steady_rate
 from jobs.demo_pool import make_pool
 
@@ -50,3 +52,44 @@ def test_the_steady_rate_counts_the_rows_between_15_and_85_percent_only() -> Non
     assert steady_rate([(float(i), 1) for i in range(100)]) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="too few for a steady rate"):
         steady_rate([(0.0, 1)])
+
+
+def tiny(name: str, tmp_path: Path) -> dict:
+    arguments = [name, "--tiny", "--json", str(tmp_path / "figures.json"), "--folder", str(tmp_path / "race")]
+    assert benchmark.main(arguments) == 0
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+@pytest.mark.slow
+def test_select_races_two_sides_that_choose_the_same_rows(tmp_path: Path) -> None:
+    figures = tiny("select", tmp_path)
+    assert figures["same_rows"] == 1.0
+    assert figures["speedup"]["median"] > 0 and figures["overhead"] > 0
+
+
+@pytest.mark.slow
+def test_feed_races_two_loops_over_the_same_shards(tmp_path: Path) -> None:
+    figures = tiny("feed", tmp_path)
+    assert len(figures["ours"]) == len(figures["loop"]) == 1 and figures["ratio"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> None:
+    figures = tiny("race", tmp_path)
+    assert {name: arm["method"] for name, arm in figures["arms"].items()} == {
+        "jest": "jest",
+        "uniform": "uniform",
+        "uniform equal flops": "uniform",
+        "uniform equal loaded": "uniform",
+    }
+    steps = {name: arm["steps"] for name, arm in figures["arms"].items()}
+    assert steps["jest"] == steps["uniform"] and steps["uniform equal loaded"] == 5 * steps["jest"]
+    # 8/3 of JEST's steps pay its scoring; the reference and its cache come on top.
+    assert steps["uniform equal flops"] > 8 / 3 * steps["jest"]
+    assert all(0 <= figures["end"][name]["mean"] <= 1 for name in steps)
+    assert (tmp_path / "race" / "race.png").exists()
+
+
+def test_an_interval_is_students_and_a_single_seed_has_none() -> None:
+    assert race._interval([1.0, 2.0, 3.0])["half_width"] == pytest.approx(4.303 / 3**0.5)
+    assert race._interval([5.0]) == {"mean": 5.0, "half_width": None, "values": [5.0]}

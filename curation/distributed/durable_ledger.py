@@ -1,0 +1,746 @@
+"""A ledger that outlives its process: state = a snapshot + the log of what came since, on disk or in a bucket.
+
+Laws. What was acknowledged is in the log, so a killed process loses none of it; a write is checked, logged, applied, in
+that order, so what is refused leaves no trace. Every change of state is a record, and replaying the records does what
+was done the first time. A write bears its writer's number and counts once, however often it is sent and in whatever
+order it comes. `restore(tag, attempt)` goes back to exactly a snapshot, and no call of an earlier attempt counts after.
+
+    FOLDER/HEAD.json               the snapshot that the log continues, the log's segments, the tags, the attempt
+    FOLDER/snapshots/NNNNNNNN/     the columns as `Ledger.save` writes them, and state.json
+    FOLDER/log/SEGMENT.log         on a local disk: one growing file, with the system before a write is acknowledged
+    FOLDER/log/SEGMENT/N.rec       elsewhere: one object per record, because a bucket cannot append: a request per write
+
+One atomic write of HEAD.json is the commit of each snapshot, restore and start; what it does not name is garbage. Each
+start writes a segment of its own, so a process that is thought dead cannot write among what its successor writes.
+
+An `ema` depends on the order of its values, so its writes wait until every open writer has gone beyond their step, or
+flushed at it; then all of one step are put together, sorted, and applied once: the result does not depend on which
+writer sent what when. Waiting writes are in the log like all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+
+from curation.addresses import flat_positions, prefix_sums
+from curation.columns import FORMAT_VERSION
+from curation.data import manifest, storage
+from curation.ledger import Ledger, LedgerSpec
+
+SESSION = 1 << 32
+"""A writer that opens again begins at the next multiple of this, so late writes of its former life are told apart."""
+MAX_STEP = (1 << 32) - 1
+READ_THREADS = 16
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}")
+_FRAME = struct.Struct("<4sQII")  # magic, bytes of the body, its crc32, crc32 of the 16 bytes before
+_MAGIC = b"LGR1"
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class AbandonedAttempt(RuntimeError):
+    """The call comes from an attempt, or a writer's former life, that has been given up. Nothing was done."""
+
+
+class LedgerTaken(RuntimeError):
+    """HEAD.json names another log than this process writes, so what it would write is lost, and it writes nothing."""
+
+
+class Write(NamedTuple):
+    """What one write carries, checked; `name` is None if there are no scores."""
+
+    step: int
+    name: str | None
+    addresses: np.ndarray
+    values: np.ndarray
+    used: np.ndarray
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns by name: addresses (n,) int64, values (n,) float32, used (m,) int64."""
+        return {"addresses": self.addresses, "values": self.values, "used": self.used}
+
+
+def checked(
+    specs: Mapping[str, LedgerSpec],
+    offsets: np.ndarray,
+    *,
+    step: int,
+    name: str | None,
+    addresses: Any,
+    values: Any,
+    used: Any = None,
+) -> Write:
+    """The write with arrays of the right types, if a Ledger of these specs and offsets (`prefix_sums`) would take it.
+
+    ValueError for an unknown name (suggests the nearest), a step outside uint32, values that float32 cannot hold (names
+    up to five), lengths that differ; KeyError that names the first address which is not in the pool.
+    """
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step must be in [0, {MAX_STEP}], got {step}")
+    addresses, used = _as_addresses("addresses", addresses), _as_addresses("used", () if used is None else used)
+    with np.errstate(over="ignore"):  # beyond float32 is found below, as infinite
+        values = np.asarray(values).astype(np.float32, copy=False)
+    if name is None and len(addresses):
+        raise ValueError(f"scores without a ledger's name, the ledgers are {sorted(specs)}")
+    if name is not None:
+        check_name(specs, name)
+    if values.shape != addresses.shape:
+        raise ValueError(f"values must be of shape {addresses.shape} as the addresses are, got {values.shape}")
+    finite = np.isfinite(values)
+    if not finite.all():
+        wrong = [f"{addresses[row]}:{values[row]}" for row in np.flatnonzero(~finite)[:5]]
+        raise ValueError(f"values must be finite in float32, got (address:value) {', '.join(wrong)}")
+    for some in (addresses, used):
+        if len(some):
+            flat_positions(some, offsets)
+    return Write(int(step), name, addresses, values, used)
+
+
+def check_name(specs: Mapping[str, LedgerSpec], name: str) -> None:
+    """ValueError that suggests the nearest name if there is no such ledger."""
+    if name not in specs:
+        nearest = difflib.get_close_matches(name, specs, n=1, cutoff=0.0)
+        raise ValueError(f"no ledger is named {name!r}, did you mean {nearest}? There are {sorted(specs)}")
+
+
+def specs_json(specs: Mapping[str, LedgerSpec]) -> dict[str, Any]:
+    """Specs as JSON holds them, to be compared with saved ones."""
+    return {name: dataclasses.asdict(spec) for name, spec in sorted(specs.items())}
+
+
+def is_count(column: str) -> bool:
+    """True for the columns of `Ledger.export` that are above zero where a sample has statistics."""
+    return column == "usage" or column.endswith(".count")
+
+
+def _as_addresses(field_name: str, addresses: Any) -> np.ndarray:
+    array = np.asarray(addresses)
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise ValueError(f"{field_name} must be integers of shape (n,), got {array.dtype} of shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+@dataclass
+class _Writer:
+    """Which numbers of one writer were applied: all in [first, next), and those of `ahead`, which came too early."""
+
+    first: int
+    next: int
+    step: int = -1
+    """Of the write before `next`; -1 before there is one."""
+    is_open: bool = True
+    flushed: bool = False
+    """It has nothing more of `step` to write."""
+    ahead: dict[int, int] = field(default_factory=dict)
+    """Number -> step."""
+
+    def has(self, number: int) -> bool:
+        return number < self.next or number in self.ahead
+
+    def steps_around(self, number: int) -> tuple[int, int]:
+        """The steps between which the write `number` must lie, because a writer's steps never decrease."""
+        lower = [step for other, step in self.ahead.items() if other < number]
+        upper = [step for other, step in self.ahead.items() if other > number]
+        return max([self.step, *lower]), min([MAX_STEP, *upper])
+
+    @property
+    def at_step(self) -> int:
+        """It will write of no step below this one."""
+        return self.step + 1 if self.flushed else self.step
+
+    def note(self, number: int, step: int) -> None:
+        self.flushed = False
+        self.ahead[number] = step
+        while self.next in self.ahead:
+            self.step = self.ahead.pop(self.next)
+            self.next += 1
+
+
+class DurableLedger:
+    """A Ledger whose every change is on disk before it is acknowledged. Not for several threads.
+
+    `ledger` is for reading. A writer opens, numbers its writes from what `open` returned, and closes.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        shard_sizes: np.ndarray,
+        specs: Mapping[str, LedgerSpec],
+        *,
+        max_log_bytes: int = 2 << 30,
+        max_waiting_bytes: int = 256 << 20,
+        fsync: bool = False,
+    ):
+        """Recover what `folder`, a path or fsspec URL, holds; an empty ledger if it holds nothing.
+
+        A log above `max_log_bytes` is folded into a snapshot; `fsync` makes a local log outlast a power failure too,
+        for a flush of the disk per write. ValueError if specs, sizes or format differ from those saved, or the log is
+        damaged anywhere but in an unfinished last record, which was never acknowledged and is cut off.
+        """
+        self._folder, self._specs, self._fsync = storage.absolute(folder), dict(specs), fsync
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._offsets = prefix_sums(self._sizes)
+        self._max_log_bytes, self._max_waiting_bytes = max_log_bytes, max_waiting_bytes
+        self._head_url, self._is_local = storage.join(self._folder, "HEAD.json"), storage.is_local(self._folder)
+        self._head_mark = self._mark_of_head()
+        self._head = manifest.read(self._head_url) if self._head_mark else {**_EMPTY_HEAD, "specs": specs_json(specs)}
+        if self._head["specs"] != specs_json(specs):
+            raise ValueError(f"{self._head_url}: specs were {self._head['specs']}, now {specs_json(specs)}")
+        self._is_moving = False
+        self._set_state(*self._read_base(self._head["base"]))
+        self._replayed_bytes = 0
+        for segment in self._head["segments"]:
+            for record in _read_segment(self._segment_url(segment)):
+                self._apply(record.meta, record.arrays)
+                self._replayed_bytes += record.num_bytes
+        self._log = self._begin_segment(self._head["generation"])
+        self._move_head(self._log, segments=[*self._head["segments"], self._log.name])
+        self._delete_retired()
+
+    # What a writer calls.
+
+    def open(self, writer: str, attempt: int) -> int:
+        """The number of the writer's first write. Whatever the writer sent in a former life is refused from now on."""
+        self._check_attempt(attempt)
+        former = self._writers.get(writer)
+        first = 0 if former is None else former.first + SESSION
+        self._log_and_apply({"kind": "open", "writer": writer, "first": first})
+        return first
+
+    def close(self, writer: str, attempt: int, first: int) -> None:
+        """No more writes come from the life that `open` gave `first`; nothing waits for it any longer."""
+        self._check_attempt(attempt)
+        known = self._writers.get(writer)
+        if known is not None and known.is_open and known.first == first:
+            self._log_and_apply({"kind": "close", "writer": writer})
+
+    def write(
+        self,
+        writer: str,
+        number: int,
+        *,
+        attempt: int,
+        step: int,
+        name: str | None,
+        addresses: Any,
+        values: Any,
+        used: Any = None,
+    ) -> bool:
+        """Apply write `number`: scores `values` (n,) of `addresses` (n,), and one use more of each of `used` (m,).
+
+        True if it was applied now, False if it had been. AbandonedAttempt if the attempt or the writer's life is over;
+        ValueError, KeyError as `checked` has them, or if steps decrease; RuntimeError if too much waits for a writer.
+        """
+        self._check_attempt(attempt)
+        known = self._writer(writer, number)
+        if known.has(number):
+            return False
+        write = checked(self._specs, self._offsets, step=step, name=name, addresses=addresses, values=values, used=used)
+        self._check_order(writer, number, write)
+        if self.log_bytes > self._max_log_bytes:  # before the write: if the disk is full, it is refused, not half done
+            self._save(tag=None, call="")
+        meta = {"kind": "write", "writer": writer, "number": number, "step": write.step, "name": write.name}
+        self._log_and_apply(meta, write.arrays)
+        return True
+
+    def skip(self, writer: str, number: int, attempt: int) -> None:
+        """The write `number` was refused and will never come: it counts as an empty one, so nothing waits for it."""
+        self._check_attempt(attempt)
+        known = self._writer(writer, number)
+        if not known.has(number):
+            step = max(0, known.steps_around(number)[0])
+            self._log_and_apply({"kind": "write", "writer": writer, "number": number, "step": step, "name": None})
+
+    def flush(self, writer: str, number: int, attempt: int) -> None:
+        """All writes below `number` are there, and of their last step no more will come: nothing waits for the writer.
+
+        Once every open writer has flushed at a step, or gone beyond it, it is applied.
+        """
+        self._check_attempt(attempt)
+        known = self._writer(writer, number)
+        if known.next == number and not known.flushed:  # else it is a retry that comes late, or there are gaps
+            self._log_and_apply({"kind": "flush", "writer": writer})
+
+    # Snapshots.
+
+    def snapshot(self, tag: str, attempt: int, *, call: str = "") -> None:
+        """Save everything under `tag`, in place of a former snapshot of that name; what waits is applied first.
+
+        `call` names the call over several ledgers, `call_of` returns it; repeated with the same one, nothing is done.
+        """
+        self._check_attempt(attempt)
+        if not _TAG.fullmatch(tag):
+            raise ValueError(f"tag must be a letter or digit, then letters, digits and . _ = -, got {tag!r}")
+        if call and self._head["snapshots"].get(tag, {}).get("call") == call:
+            return
+        self._apply_waiting()
+        self._save(tag=tag, call=call)
+
+    def restore(self, tag: str | None, attempt: int) -> None:
+        """Be exactly what `snapshot(tag)` saved, or empty for None, with no writer open; earlier attempts are refused.
+
+        Once more with the same tag and attempt does nothing. AbandonedAttempt if a later attempt has begun, ValueError
+        if there is no such tag or this attempt began elsewhere. Takes the memory of two ledgers while it lasts.
+        """
+        if attempt <= self.attempt:
+            self._check_attempt(attempt)
+            if tag != (began := self._head["restored"]):
+                raise ValueError(f"attempt {attempt} began from {began!r}, it cannot begin from {tag!r} too")
+            return
+        base = None if tag is None else self._snapshot(tag)["generation"]
+        loaded = self._read_base(base)
+        generation = self._head["generation"] + 1
+        log = self._begin_segment(generation, then=[({"kind": "restored"}, {})])
+        self._move_head(log, generation=generation, base=base, attempt=attempt, restored=tag, segments=[log.name])
+        self._set_state(*loaded)
+        self._apply({"kind": "restored"}, {})
+        self._delete_retired()
+
+    def forget(self, tags: Sequence[str]) -> None:
+        """Delete these snapshots, as far as they are there; the one that the log continues once it no longer is."""
+        kept = {tag: snapshot for tag, snapshot in self._head["snapshots"].items() if tag not in set(tags)}
+        if len(kept) < len(self._head["snapshots"]):
+            self._move_head(self._log, snapshots=kept)
+            self._delete_retired()
+
+    def call_of(self, tag: str) -> str:
+        """The call that made the snapshot `tag`. ValueError that names the tags there are."""
+        return self._snapshot(tag)["call"]
+
+    # Statistics that move to other addresses. `key` names the move: with the same key nothing is done twice.
+
+    def check_adopt(self, key: str, addresses: np.ndarray) -> None:
+        """ValueError that names the first address which has statistics; KeyError if one is not in the pool."""
+        if f"adopt {key}" in self._moves or not len(addresses):
+            return
+        state = self.ledger.export(addresses)
+        touched = np.zeros(len(addresses), bool)
+        for column, values in state.items():
+            if is_count(column):
+                touched |= values > 0
+        if touched.any():
+            raise ValueError(f"address {int(addresses[touched][0])} has statistics of its own, none can be moved there")
+
+    def adopt(self, key: str, attempt: int, addresses: np.ndarray, state: Arrays) -> None:
+        """Take over raw columns, as `Ledger.export` gives them, at untouched addresses (n,)."""
+        self._check_attempt(attempt)
+        self.check_adopt(key, addresses)
+        if f"adopt {key}" not in self._moves and len(addresses):
+            wanted = {name: column.dtype for name, column in self.ledger.export(addresses[:0]).items()}
+            if {name: column.dtype for name, column in state.items()} != wanted:
+                raise ValueError(f"columns must be {wanted}, got { {n: c.dtype for n, c in state.items()} }")
+            self._apply_waiting()  # none may wait that is of a step before the ones that come
+            self._log_and_apply({"kind": "adopt", "key": key}, {"addresses": addresses, **state})
+
+    def drop(self, key: str, attempt: int, addresses: np.ndarray) -> None:
+        """Make addresses (n,) untouched: their statistics were moved, or have no place any more."""
+        self._check_attempt(attempt)
+        if f"drop {key}" not in self._moves and len(addresses):
+            flat_positions(addresses, self._offsets)
+            self._apply_waiting()
+            self._log_and_apply({"kind": "drop", "key": key}, {"addresses": addresses})
+
+    # What it is.
+
+    @property
+    def attempt(self) -> int:
+        """The attempt whose calls count; 0 before the first restore."""
+        return self._head["attempt"]
+
+    @property
+    def tags(self) -> list[str]:
+        """The snapshots there are, oldest first."""
+        snapshots = self._head["snapshots"]
+        return sorted(snapshots, key=lambda tag: snapshots[tag]["generation"])
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes that a recovery would replay."""
+        return self._replayed_bytes + self._log.num_bytes
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of ema writes that wait for a writer."""
+        return sum(array.nbytes for parts in self._waiting.values() for part in parts for array in part)
+
+    # Checks.
+
+    def _check_attempt(self, attempt: int) -> None:
+        if attempt < self.attempt:
+            raise AbandonedAttempt(
+                f"attempt {attempt} was given up, the ledger was restored for attempt {self.attempt}"
+            )
+        if attempt > self.attempt:
+            raise ValueError(f"attempt {attempt} has not begun, the ledger is at {self.attempt}: call restore first")
+
+    def _writer(self, writer: str, number: int) -> _Writer:
+        known = self._writers.get(writer)
+        if known is None or not known.is_open:
+            raise ValueError(f"writer {writer!r} is not open")
+        if number < known.first:
+            raise AbandonedAttempt(f"write {number} of {writer!r} is from before the writer opened again")
+        if number >= known.first + SESSION:
+            raise ValueError(f"write {number} of {writer!r} is beyond what it opened, [{known.first}, +{SESSION})")
+        return known
+
+    def _check_order(self, writer: str, number: int, write: Write) -> None:
+        known = self._writers[writer]
+        lower, upper = known.steps_around(number)
+        if not lower <= write.step <= upper:
+            raise ValueError(
+                f"a writer's steps never decrease: write {number} of {writer!r} is of step {write.step}, those "
+                f"around it are of steps {lower} and {upper}"
+            )
+        if write.name is None or self._specs[write.name].statistic != "ema" or not len(write.addresses):
+            return
+        applied = self._applied_step.get(write.name, 0)
+        if write.step < applied:
+            raise ValueError(f"{write.name!r} is an ema: step {write.step} came after step {applied} had been applied")
+        slowest = min((w.at_step, name) for name, w in self._writers.items() if w.is_open)
+        if self.waiting_bytes > self._max_waiting_bytes and known.at_step > slowest[0]:
+            raise RuntimeError(
+                f"{self.waiting_bytes} bytes of ema writes wait for writer {slowest[1]!r}, which is at step "
+                f"{slowest[0]}, {writer!r} at {write.step}: close a writer that has ended"
+            )
+
+    # Changes of state: each is a function of the state and the record alone, so a replay repeats them.
+
+    def _log_and_apply(self, meta: Mapping[str, Any], arrays: Arrays | None = None) -> None:
+        if self._is_local or self._is_moving:  # elsewhere it would be a request per write
+            self._check_mine()
+        self._log.append(meta, arrays or {})
+        self._apply(meta, arrays or {})
+
+    def _apply_waiting(self) -> None:
+        if self._waiting:
+            self._log_and_apply({"kind": "apply"})
+
+    def _apply(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
+        kind = meta["kind"]
+        if kind == "open":
+            self._writers[meta["writer"]] = _Writer(first=meta["first"], next=meta["first"])
+        elif kind == "close":
+            self._writers[meta["writer"]].is_open = False
+            self._apply_below(self._all_beyond())
+        elif kind == "write":
+            self._apply_write(meta, arrays)
+        elif kind == "wait":
+            self._wait(meta, arrays)
+        elif kind == "flush":
+            self._writers[meta["writer"]].flushed = True
+            self._apply_below(self._all_beyond())
+        elif kind == "apply":
+            self._apply_below(MAX_STEP + 1)
+        elif kind == "restored":
+            self._writers = {}
+        elif kind == "adopt":
+            state = {name: column for name, column in arrays.items() if name != "addresses"}
+            self.ledger.adopt(arrays["addresses"], state)
+            for name in self._specs:  # a later write at these addresses must not be of a step before theirs
+                latest = int(state[f"{name}.last_step"].max(initial=0))
+                self._applied_step[name] = max(self._applied_step.get(name, 0), latest)
+            self._moves.append(f"adopt {meta['key']}")
+        elif kind == "drop":
+            self.ledger.forget(arrays["addresses"])
+            self._moves.append(f"drop {meta['key']}")
+        else:
+            assert kind == "begin", f"no record is of kind {kind!r}"
+
+    def _apply_write(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
+        step, name = meta["step"], meta["name"]
+        self._writers[meta["writer"]].note(meta["number"], step)
+        if len(arrays.get("used", ())):
+            self.ledger.add_usage(arrays["used"])
+        if len(arrays.get("addresses", ())):
+            if self._specs[name].statistic == "ema":
+                self._wait(meta, arrays)
+            else:
+                self.ledger.update(name, arrays["addresses"], arrays["values"], step=step)
+        self._apply_below(self._all_beyond())
+
+    def _wait(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
+        parts = self._waiting.setdefault((meta["step"], meta["name"]), [])
+        parts.append((arrays["addresses"], arrays["values"]))
+
+    def _all_beyond(self) -> int:
+        """No writer will write of a step below this one."""
+        return min((writer.at_step for writer in self._writers.values() if writer.is_open), default=MAX_STEP + 1)
+
+    def _apply_below(self, limit: int) -> None:
+        """Apply what waits of steps below `limit`: all of one step and ledger at once, in an order of their own."""
+        for step, name in sorted(key for key in self._waiting if key[0] < limit):
+            addresses, values = map(np.concatenate, zip(*self._waiting.pop((step, name)), strict=True))
+            order = np.lexsort((values, addresses))
+            self.ledger.update(name, addresses[order], values[order], step=step)
+            self._applied_step[name] = max(self._applied_step.get(name, 0), step)
+
+    # Snapshots on disk.
+
+    def _set_state(self, ledger: Ledger, state: Mapping[str, Any]) -> None:
+        self.ledger = ledger
+        self._writers = {
+            name: _Writer(**{**saved, "ahead": {int(number): step for number, step in saved["ahead"].items()}})
+            for name, saved in state["writers"].items()
+        }
+        self._applied_step: dict[str, int] = dict(state["applied_step"])
+        self._moves: list[str] = list(state["moves"])
+        self._waiting: dict[tuple[int, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+        """(step, ledger) -> (addresses, values) of each ema write that is logged and not applied."""
+
+    def _read_base(self, base: int | None) -> tuple[Ledger, Mapping[str, Any]]:
+        if base is None:
+            return Ledger(self._sizes, self._specs), {"writers": {}, "applied_step": {}, "moves": []}
+        folder = self._snapshot_url(base)
+        ledger = Ledger.load(lambda name: storage.open_read(storage.join(folder, name)), self._sizes, self._specs)
+        return ledger, manifest.read(storage.join(folder, "state.json"))
+
+    def _save(self, *, tag: str | None, call: str) -> None:
+        """Fold the log into a snapshot; without a tag it is there only for the log to continue. Changes no state."""
+        generation = self._head["generation"] + 1
+        folder = self._snapshot_url(generation)  # never one that HEAD names, so a kill in the middle harms nothing
+        self.ledger.save(lambda name: cast(Any, storage.write_atomic(storage.join(folder, name))))
+        state = {
+            "format_version": FORMAT_VERSION,
+            "writers": {name: dataclasses.asdict(writer) for name, writer in self._writers.items()},
+            "applied_step": self._applied_step,
+            "moves": self._moves,
+        }
+        storage.write_bytes(storage.join(folder, "state.json"), json.dumps(state).encode())
+        waiting = [
+            ({"kind": "wait", "step": step, "name": name}, {"addresses": addresses, "values": values})
+            for (step, name), parts in self._waiting.items()
+            for addresses, values in parts
+        ]
+        log = self._begin_segment(generation, then=waiting)
+        snapshots = dict(self._head["snapshots"])
+        if tag is not None:
+            snapshots[tag] = {"generation": generation, "call": call}
+        self._move_head(log, generation=generation, base=generation, segments=[log.name], snapshots=snapshots)
+        self._delete_retired()
+
+    def _snapshot(self, tag: str) -> Mapping[str, Any]:
+        if tag not in self._head["snapshots"]:
+            raise ValueError(f"there is no snapshot {tag!r}, the snapshots are {self.tags}")
+        return self._head["snapshots"][tag]
+
+    def _begin_segment(self, generation: int, then: Sequence[tuple[Mapping[str, Any], Arrays]] = ()) -> _Segment:
+        log = _Segment(self._segment_url(f"{generation:08d}-{secrets.token_hex(4)}"), fsync=self._fsync)
+        for meta, arrays in [({"kind": "begin"}, {}), *then]:
+            log.append(meta, arrays)
+        return log
+
+    def _move_head(self, log: _Segment, **changes: Any) -> None:
+        """Commit these changes, and write to `log` from now on; what HEAD names no longer is for `_delete_retired`."""
+        self._check_mine()
+        head = {**self._head, **changes, "format_version": FORMAT_VERSION}
+        head["retired"] = sorted({*self._head["retired"], *_named(self._head)} - _named(head))
+        self._is_moving = True
+        storage.write_bytes(self._head_url, json.dumps(head, indent=1).encode())
+        self._head, self._head_mark = head, self._mark_of_head()
+        self._is_moving = False
+        if log is not self._log:
+            self._log.close()
+            self._log, self._replayed_bytes = log, 0
+
+    def _mark_of_head(self) -> str | None:
+        return storage.fingerprint(self._head_url) if storage.exists(self._head_url) else None
+
+    def _check_mine(self) -> None:
+        if self._mark_of_head() != self._head_mark:
+            raise LedgerTaken(
+                f"{self._head_url} is not as this process left it: another one has taken over, or a write of it failed "
+                "and was done all the same. Start the ledger again"
+            )
+
+    def _delete_retired(self) -> None:
+        """Delete what HEAD names no longer; what fails is left to the next time, for HEAD remembers it."""
+        for path in self._head["retired"]:
+            url = storage.join(self._folder, path)
+            storage.delete(f"{url}.log")
+            for name in storage.names_in(url):
+                storage.delete(storage.join(url, name))
+            if self._is_local and os.path.isdir(url):
+                os.rmdir(url)
+        self._head = {**self._head, "retired": []}
+
+    def _segment_url(self, segment: str) -> str:
+        return storage.join(self._folder, "log", segment)
+
+    def _snapshot_url(self, generation: int) -> str:
+        return storage.join(self._folder, "snapshots", f"{generation:08d}")
+
+
+_EMPTY_HEAD = {
+    "generation": 0,  # grows with each snapshot and restore
+    "base": None,  # generation of the snapshot that the log continues
+    "segments": [],
+    "attempt": 0,
+    "restored": None,  # the tag from which the attempt began
+    "snapshots": {},  # tag -> generation, call
+    "retired": [],  # what former HEADs named and this one does not: to be deleted
+}
+
+
+def _named(head: Mapping[str, Any]) -> set[str]:
+    """Paths in the folder that a HEAD names."""
+    generations = {snapshot["generation"] for snapshot in head["snapshots"].values()} | {head["base"]} - {None}
+    return {f"snapshots/{n:08d}" for n in generations} | {f"log/{segment}" for segment in head["segments"]}
+
+
+# The log on disk. A record is a frame and a body; the body is a length, a JSON text, and the arrays it names.
+
+
+class _Record(NamedTuple):
+    meta: Mapping[str, Any]
+    arrays: Arrays
+    num_bytes: int
+
+
+class _Segment:
+    """A part of the log that one process writes: a growing file on a local disk, an object per record elsewhere."""
+
+    def __init__(self, url: str, *, fsync: bool):
+        self.name = url.rsplit("/", 1)[-1]
+        self.num_bytes = 0
+        self._url, self._fsync, self._count, self._has_rest = url, fsync, 0, False
+        self._file = None
+        if storage.is_local(url):
+            Path(url).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(f"{url}.log", "xb", buffering=0)  # noqa: SIM115 (closed by close)
+            if fsync:
+                _fsync_folder(Path(url).parent)
+
+    def append(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
+        """On return the record outlives this process. OSError if it cannot be written: then it never was.
+
+        In a bucket a record whose request failed may be there all the same, until the next one replaces it.
+        """
+        parts = _encode(meta, arrays)
+        if self._file is None:
+            storage.write_bytes(storage.join(self._url, f"{self._count:08d}.rec"), b"".join(parts))
+        else:
+            self._append_local(parts)
+        self._count += 1
+        self.num_bytes += sum(len(part) for part in parts)
+
+    def _append_local(self, parts: Sequence[bytes | memoryview]) -> None:
+        assert self._file is not None
+        if self._has_rest:  # of a record that failed, and cutting it off failed too
+            self._cut()
+        self._has_rest = True
+        try:
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            if self._fsync:
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._cut()
+            raise
+        self._has_rest = False
+
+    def _cut(self) -> None:
+        assert self._file is not None
+        self._file.seek(self.num_bytes)
+        self._file.truncate()
+        self._has_rest = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _fsync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _encode(meta: Mapping[str, Any], arrays: Arrays) -> list[bytes | memoryview]:
+    filled = {name: np.ascontiguousarray(array) for name, array in arrays.items() if len(array)}
+    columns = [[name, array.dtype.str, len(array)] for name, array in filled.items()]
+    text = json.dumps({**meta, "arrays": columns}).encode()
+    body = [len(text).to_bytes(4, "little"), text, *(array.data.cast("B") for array in filled.values())]
+    crc = 0
+    for part in body:
+        crc = zlib.crc32(part, crc)
+    num_bytes = sum(len(part) for part in body)
+    start = _FRAME.pack(_MAGIC, num_bytes, crc, 0)[:-4]
+    return [start + zlib.crc32(start).to_bytes(4, "little"), *body]
+
+
+def _decode(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    at = 4 + int.from_bytes(body[:4], "little")
+    meta = json.loads(body[4:at])
+    arrays = {}
+    for name, dtype, length in meta.pop("arrays"):
+        arrays[name] = np.frombuffer(body, dtype, length, at)
+        at += arrays[name].nbytes
+    return meta, arrays
+
+
+def _read_segment(url: str) -> Iterator[_Record]:
+    """The records of a segment, in order. ValueError that names the place if one is damaged or missing."""
+    if storage.is_local(url):
+        with storage.open_read(f"{url}.log") as file:
+            yield from _read_records(file, f"{url}.log")
+        return
+    names = storage.names_in(url)
+    if not names or names != [f"{n:08d}.rec" for n in range(len(names))]:
+        raise ValueError(f"{url} is damaged: of its records 0 to {len(names)} not all are there")
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for at in range(0, len(names), READ_THREADS):  # not all at once: a log may be larger than memory
+            urls = [storage.join(url, name) for name in names[at : at + READ_THREADS]]
+            for name, data in zip(urls, pool.map(storage.read_bytes, urls), strict=True):
+                records = list(_read_records(io.BytesIO(data), name))
+                if len(records) != 1 or records[0].num_bytes != len(data):
+                    raise ValueError(f"{name} is damaged: it is not one whole record")
+                yield records[0]
+
+
+def _read_records(file: BinaryIO, name: str) -> Iterator[_Record]:
+    """The whole records of a file. A kill leaves a prefix of the last one, a power failure perhaps zeros in its place:
+    both are cut off, for it was never acknowledged; anything else is damage."""
+    at, size = 0, file.seek(0, os.SEEK_END)
+    file.seek(0)
+    while at < size:
+        start = file.read(_FRAME.size)
+        if len(start) == _FRAME.size:
+            magic, length, body_crc, start_crc = _FRAME.unpack(start)
+            if magic != _MAGIC or zlib.crc32(start[:-4]) != start_crc:
+                if start.strip(b"\0") or any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b"")):
+                    raise ValueError(f"{name} is damaged: no record begins at byte {at}")
+                break
+            end = at + len(start) + length
+            body = file.read(length) if end <= size else b""
+            if end <= size and zlib.crc32(body) == body_crc:
+                yield _Record(*_decode(body), num_bytes=end - at)
+                at = end
+                continue
+            if end < size:
+                raise ValueError(f"{name} is damaged: the record at byte {at} has another checksum than it says")
+        break
+    if at < size:
+        logging.getLogger(__name__).warning("%s: bytes %d to %d were never acknowledged: cut off", name, at, size)
