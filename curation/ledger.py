@@ -29,7 +29,7 @@ from curation.numerics.column_stream import read_column, slices, write_column
 from curation.numerics.folding import BLOCK_ROWS, SortedBatch
 from curation.numerics.matching import moves
 from curation.numerics.quantiles import NUM_BINS, count_bits, gini, quantiles_from_counts
-from curation.numerics.statistics import SCAN_ROWS, Counts, LedgerSpec, Scores, Statistic, in_float32
+from curation.numerics.statistics import SCAN_ROWS, Counts, LedgerSpec, Scores, Statistic
 
 __all__ = ["Ledger", "LedgerSpec", "Statistic", "gini", "moves", "quantiles_from_counts"]
 
@@ -109,8 +109,9 @@ class Ledger:
             raise ValueError(f"step must be in [0, 2**32), got {step}")
         addresses, values = _as_addresses(addresses), np.asarray(values)
         batch = SortedBatch(self._checked(addresses, values))
-        for folded in batch:
-            scores.check_step(folded, addresses, step)
+        if scores.spec.statistic == "ema":
+            for folded in batch:
+                scores.check_step(folded, addresses, step)
         for folded in batch:
             scores.update(folded, addresses, values, step=step)
 
@@ -293,8 +294,8 @@ class Ledger:
             self._room = np.zeros(len(addresses), dtype=np.int64)
         for rows in slices(len(addresses), BLOCK_ROWS):
             self._room[rows] = flat_positions(addresses[rows], self._offsets)
-            if values is not None and not np.isfinite(in_float32(values[rows])).all():
-                wrong = np.flatnonzero(~np.isfinite(in_float32(values)))
+            if values is not None and not _finite(values[rows]).all():
+                wrong = np.flatnonzero(~_finite(values))
                 named = ", ".join(f"{addresses[row]}:{values[row]}" for row in wrong[:5])
                 raise ValueError(f"values must be finite in float32, {len(wrong)} are not (address:value): {named}")
         return self._room[: len(addresses)]
@@ -351,6 +352,12 @@ def _as_addresses(addresses: np.ndarray) -> np.ndarray:
     if addresses.ndim != 1 or (len(addresses) and addresses.dtype.kind not in "iu"):
         raise ValueError(f"addresses must be integers (n,), got {addresses.dtype} {addresses.shape}")
     return addresses.astype(np.int64, copy=False)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Which of the values (n,) are finite, and not too large for a float32."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(values.astype(np.float32, copy=False))
 
 
 def _belonging(offsets: np.ndarray, specs: Mapping[str, LedgerSpec]) -> dict[str, Any]:

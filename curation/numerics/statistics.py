@@ -5,7 +5,7 @@ decay * stored + (1 - decay) * new at every step, the first value whole. Values 
 float64. Counts have 16 bits and stop at 65535, where a mean goes on as an average in which a new value weighs 1/65535.
 
 A mean's error after c values is about sqrt(c) / 6 units in the last place of the largest of them, as for any running
-mean in float32 whose rounding has no bias: 1e-6 relative after 5,000 values, 5e-6 at the full count.
+mean in float32 whose rounding has no bias: 1.4e-6 relative after 5,000 values, 5e-6 at the full count.
 
 n rows of a batch; u samples, each once.
 """
@@ -98,13 +98,12 @@ class Scores:
         return columns if self.variance is None else {**columns, "variance": self.variance}
 
     def check_step(self, folded: Fold, addresses: np.ndarray, step: int) -> None:
-        """For `ema`, ValueError that names the first sample of the block which is beyond the step."""
-        if self.spec.statistic == "ema":
-            last_step = self.slots.take(folded.keys)["last_step"]
-            if (last_step > step).any():
-                row = int(np.argmax(last_step > step))
-                address = addresses[folded.firsts(folded.order)[row]]
-                raise ValueError(f"ema of address {address} is at step {last_step[row]}, step {step} comes too late")
+        """ValueError that names the first sample of a block that is beyond a step, which an `ema` cannot take in."""
+        last_step = self.slots.take(folded.keys)["last_step"]
+        if (last_step > step).any():
+            row = int(np.argmax(last_step > step))
+            address = addresses[folded.firsts(folded.order)[row]]
+            raise ValueError(f"ema of address {address} is at step {last_step[row]}, step {step} comes too late")
 
     def update(self, folded: Fold, addresses: np.ndarray, values: np.ndarray, *, step: int) -> None:
         """Takes in what a step brought for a block of positions; `addresses` and `values` (n,), which are finite in
@@ -140,16 +139,17 @@ class Scores:
     ) -> None:
         """Values (u,) at distinct positions (u,), each of which stands for `added` (u,) values up to a step."""
         old, count = self.slots.take(positions), self.count.column.take(positions)
+        old_value, old_step = old["value"], old["last_step"]
         new = np.empty_like(old)
-        new["last_step"] = np.maximum(old["last_step"], step)
+        new["last_step"] = step if (all_later := bool((old_step < step).all())) else np.maximum(old_step, step)
         after = count + added
         if self.spec.statistic == "last":
-            new["value"] = _last(old, values, step, known=count > 0)
+            new["value"] = values if all_later else _last(old_value, old_step, values, step, known=count > 0)
         elif self.spec.statistic == "mean":
-            exact = old["value"] + (values - old["value"].astype(np.float64)) * _weight(count, added)
+            exact = old_value + (values - old_value.astype(np.float64)) * _weight(count, added)
             new["value"] = dithered(exact, tick=after + np.asarray(step, dtype=np.uint32), keys=dither)
         else:
-            new["value"] = self._ema(positions, old["value"].astype(np.float64), values, known=count > 0)
+            new["value"] = self._ema(positions, old_value.astype(np.float64), values, known=count > 0)
         self.slots[positions] = new
         self.count.put(positions, np.minimum(after, np.uint32(COUNT_FULL)).astype(np.uint16), before=count)
 
@@ -167,15 +167,15 @@ class Scores:
 def in_float32(values: np.ndarray) -> np.ndarray:
     """A copy (n,) float32, without -0.0, whose order to 0.0 would hang on the machine; infinite what is too large."""
     with np.errstate(over="ignore"):
-        return values.astype(np.float32) + np.float32(0)
+        return values.astype(np.float32, copy=False) + np.float32(0)
 
 
-def _last(old: np.ndarray, values: np.ndarray, step: int | np.ndarray, *, known: np.ndarray) -> np.ndarray:
-    """Of the slots (u,) and the values (u,) of a step, the values of the larger step, then the larger ones."""
-    newer = (old["last_step"] < step) | ~known
-    if newer.all():
-        return values
-    return np.where(newer | ((old["last_step"] == step) & (values > old["value"])), values, old["value"])
+def _last(
+    old: np.ndarray, old_step: np.ndarray, values: np.ndarray, step: int | np.ndarray, *, known: np.ndarray
+) -> np.ndarray:
+    """Of the old values (u,) and those that came, the ones of the larger step, of equal steps the larger ones."""
+    newer = (old_step < step) | ~known | ((old_step == step) & (values > old))
+    return np.where(newer, values, old)
 
 
 def _weight(count: np.ndarray, added: np.ndarray) -> np.ndarray:

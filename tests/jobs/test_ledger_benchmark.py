@@ -16,7 +16,7 @@ def test_the_smallest_size_gives_every_figure(capsys):
     assert all(figures["updates_per_s"][statistic] > 0 for statistic in ("last", "mean", "ema"))
     assert figures["snapshot"]["gb"] == pytest.approx(0.012, rel=0.01)  # 12 bytes for each of a million samples
     assert figures["peak_gb"] < 1
-    assert all(figures["race"][rival]["rival_per_s"] > 0 for rival in ("dict", "ufunc.at", "ray.get"))
+    assert all(figures["race"][rival]["rival_per_s"] > 0 for rival in ("dict", "checked dict", "ufunc.at", "ray.get"))
     out = capsys.readouterr().out
     assert "updates/s, mean, 1,000,000 addresses" in out
     assert "a plain copy of its files" in out
@@ -48,6 +48,17 @@ def test_uid_strings_are_32_hex_digits_and_differ():
     strings = uid_strings(np.array([[1, 2], [1, 3]], dtype=np.uint64))
     assert len(set(strings)) == 2
     assert all(len(text) == 32 and int(text, 16) > 0 for text in strings)
+
+
+def test_the_checked_dict_applies_nothing_of_a_bad_batch():
+    sides = Race(20_000, batches=1)
+    addresses, values = random_batch(np.random.default_rng(0), 2, 10_000)
+    assert sides.to_checked_dict(addresses, values, 1) > 0
+    before = {uid: list(kept) for uid, kept in sides.by_uid.items()}
+    values[-1] = np.nan
+    with pytest.raises(ValueError, match="a score is not finite, or a uid is unknown"):
+        sides.to_checked_dict(addresses, values, 2)
+    assert sides.by_uid == before
 
 
 def test_sides_that_do_not_keep_the_same_figures_stop_the_race(monkeypatch):

@@ -14,7 +14,7 @@ batches = st.lists(st.tuples(small, st.floats(-1e6, 1e6, width=32)), max_size=40
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=batches, block_rows=st.sampled_from([1, 3, 8192]), presorted=st.booleans())
+@given(rows=batches, block_rows=st.sampled_from([1, 3, 10_240]), presorted=st.booleans())
 def test_the_folds_of_a_batch_are_what_a_dict_gathers_by_key(rows, block_rows, presorted):
     rows = sorted(rows, key=lambda row: row[0]) if presorted else rows
     values = np.array([value for _, value in rows], dtype=np.float32)
@@ -45,6 +45,8 @@ def test_a_key_too_wide_to_share_an_int64_with_its_row_is_sorted_all_the_same():
         (folded,) = SortedBatch(np.array([top, 5, top, 0] * 3))
         assert folded.keys.tolist() == [0, 5, top]
         assert folded.order.tolist() == [3, 7, 11, 1, 5, 9, 0, 2, 4, 6, 8, 10]
+    (folded,) = SortedBatch(np.array([5, -(2**63), 5]))
+    assert (folded.keys.tolist(), folded.order.tolist()) == ([-(2**63), 5], [1, 0, 2])
 
 
 def test_a_batch_without_rows_has_no_block():
