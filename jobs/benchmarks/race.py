@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from curation.distributed.train import train
 from curation.models.clip import build_network
 from curation.recipe import TrainRecipe
 from curation.report.curves import Curve, draw
@@ -118,16 +117,11 @@ def _arms(num_steps: int, sub_batch: int, before: Before) -> dict[str, tuple[str
 
 
 def _run(recipe: TrainRecipe) -> pa.Table:
-    """The evaluations of one run, in a process of its own."""
-    output = Path(recipe.output)
-    evaluations = output / "train" / "evaluations.parquet"
-    if not (output / "train" / "summary.json").exists():
-        output.mkdir(parents=True, exist_ok=True)
-        file = output / "start.json"
-        file.write_text(recipe.model_dump_json())
-        print(f"{recipe.name}, seed {recipe.seed}, {recipe.train.num_steps} steps ...", flush=True)
-        subprocess.run([sys.executable, "-m", "jobs.train", str(file)], check=True, stdout=subprocess.DEVNULL)
-    return pq.read_table(evaluations)
+    """The evaluations of one run; one that is done is not done again."""
+    print(f"{recipe.name}, seed {recipe.seed}, {recipe.train.num_steps} steps ...", flush=True)
+    if failures := train(recipe).failures:
+        raise RuntimeError(f"{recipe.name}, seed {recipe.seed}: {failures[0]}")
+    return pq.read_table(Path(recipe.output) / "train" / "evaluations.parquet")
 
 
 def _figures(

@@ -74,6 +74,7 @@ def test_feed_races_two_loops_over_the_same_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> None:
     figures = tiny("race", tmp_path)
     assert {name: arm["method"] for name, arm in figures["arms"].items()} == {
