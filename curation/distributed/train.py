@@ -28,7 +28,8 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, offered, step_log, storage
 from curation.data.lease import Lease
 from curation.data.offered import OfferedShard
-from curation.distributed.ledger_actor import LedgerClient, LedgerHandles, start_ledger
+from curation.distributed.ledger_actor import LedgerHandles, start_ledger
+from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.resources import cluster
 from curation.distributed.train_loop import LEDGER, LoopSpec, progress_url, train_loop
 from curation.distributed.train_plan import TrainPlan, checked, commit_to, pool_url, resolved

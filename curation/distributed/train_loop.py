@@ -32,7 +32,8 @@ from curation.distributed import checkpoint
 from curation.distributed.checkpoint import Position, tag_of
 from curation.distributed.evaluate import Evaluation
 from curation.distributed.feed import Block, FeedSpec, Share, blocks
-from curation.distributed.ledger_actor import LedgerClient, LedgerHandles
+from curation.distributed.ledger_actor import LedgerHandles
+from curation.distributed.ledger_client import LedgerClient
 from curation.models.clip import Precision, build_network, load_resize, load_towers
 from curation.numerics.sampling import uid_words
 from curation.recipe import TrainRecipe

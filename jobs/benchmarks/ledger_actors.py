@@ -18,7 +18,8 @@ import numpy as np
 import ray
 
 from curation.addresses import pack
-from curation.distributed.ledger_actor import LedgerClient, LedgerHandles, start_ledger
+from curation.distributed.ledger_actor import LedgerHandles, start_ledger
+from curation.distributed.ledger_client import LedgerClient
 from curation.ledger import LedgerSpec
 from jobs.benchmarks.pairs import interleaved, paired_ratio
 

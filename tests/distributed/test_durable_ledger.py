@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from curation.addresses import pack
 from curation.data import storage
-from curation.distributed import durable_ledger
+from curation.distributed import ledger_log
 from curation.distributed.durable_ledger import SESSION, AbandonedAttempt, DurableLedger, LedgerTaken
 from curation.ledger import Ledger, LedgerSpec
 
@@ -205,9 +205,7 @@ def test_a_write_that_the_disk_did_not_take_was_never_made(
         with monkeypatch.context() as patched:
             patched.setattr(ledger._log, "_file", FullDisk(whole, room=room, may_truncate=may_truncate))
             if room == 1 << 20:
-                patched.setattr(
-                    durable_ledger.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left"))
-                )
+                patched.setattr(ledger_log.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
             with pytest.raises(OSError, match="No space left" if may_truncate else "Input/output error"):
                 send(ledger, [3])
         assert columns(ledger.ledger) == before
@@ -224,7 +222,7 @@ def test_fsync_reaches_the_disk_before_the_acknowledgement(tmp_path: Path, monke
     ledger = make(tmp_path, fsync=True)
     ledger.open("w", 0)
     (log,) = (tmp_path / "log").iterdir()
-    monkeypatch.setattr(durable_ledger.os, "fsync", lambda _: synced.append(log.stat().st_size))
+    monkeypatch.setattr(ledger_log.os, "fsync", lambda _: synced.append(log.stat().st_size))
     send(ledger, [0])
     assert synced == [log.stat().st_size]
 
@@ -479,7 +477,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 
     for name in ("write_atomic", "write_bytes", "delete"):
         monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
-    monkeypatch.setattr(durable_ledger._Segment, "append", counted(durable_ledger._Segment.append))
+    monkeypatch.setattr(ledger_log.Segment, "append", counted(ledger_log.Segment.append))
 
     def arm(n: int) -> None:
         left[0] = n

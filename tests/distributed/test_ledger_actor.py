@@ -16,9 +16,10 @@ import pytest
 import ray
 
 from curation.addresses import pack
-from curation.distributed import ledger_actor
+from curation.distributed import ledger_actor, ledger_client
 from curation.distributed.durable_ledger import AbandonedAttempt
-from curation.distributed.ledger_actor import LedgerActor, LedgerClient, LedgerHandles, owner_of, start_ledger
+from curation.distributed.ledger_actor import LedgerActor, LedgerHandles, owner_of, start_ledger
+from curation.distributed.ledger_client import LedgerClient
 from curation.ledger import Ledger, LedgerSpec, gini
 from curation.numerics.sampling import uid_words
 from jobs.benchmarks import ledger_actors
@@ -584,6 +585,7 @@ def test_metrics_tell_updates_samples_bytes_and_the_stall(
 
     monkeypatch.setattr(ledger_actor, "Counter", Told)
     monkeypatch.setattr(ledger_actor, "Gauge", Told)
+    monkeypatch.setattr(ledger_client, "Gauge", Told)
     for name in ("ledger.json", "shards.npy"):
         shutil.copy(Path(ledger.folder) / name, tmp_path / name)
     actor = LedgerActor(str(tmp_path), 0, {})
