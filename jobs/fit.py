@@ -40,7 +40,8 @@ def _fit_reference(recipe: TrainRecipe) -> int:
     if not code:
         print(
             f"Next: python -m jobs.curate RECIPE --embed.model {recipe.learner.model} "
-            f"--embed.checkpoint {recipe.output}/train/learner.pt --pool.shards 'PATTERN' --output RUN"
+            f"--embed.pretrained None --embed.checkpoint {recipe.output}/train/learner.pt "
+            "--pool.shards 'PATTERN' --output RUN"
         )
     return code
 
