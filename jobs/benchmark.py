@@ -1,5 +1,6 @@
 """`python -m jobs.benchmark NAME`: speed claims as ratios against a named rival, measured in one run on one machine.
 
+    ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
@@ -18,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import embed, feed, ledger, ledger_actors, race, select
+from jobs.benchmarks import ablate, embed, feed, ledger, ledger_actors, race, select
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.tracks import TRACKS
 
 
 def _ledger(given: argparse.Namespace) -> dict[str, Any]:
@@ -29,10 +31,13 @@ def _ledger(given: argparse.Namespace) -> dict[str, Any]:
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "ablate": lambda given: ablate.benchmark(
+        track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
+    ),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
-    "race": lambda given: race.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
 }
 
@@ -46,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shards", help="embed, feed: a pool to measure on; a demo pool is made if none is named")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs of runs (7)")
     parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
+    parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
     parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there")

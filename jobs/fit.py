@@ -1,8 +1,12 @@
-"""`python -m jobs.fit reference RECIPE --data.run RUN --output DIR`: what a method has to know before it can score.
+"""`python -m jobs.fit KIND RECIPE`: what a method has to know before it can score.
 
-`reference`: a model trained on every row of a small, strongly curated set, for JEST and RHO to compare a learner with.
-RUN is a `jobs.curate` run of that set. It leaves `DIR/train/learner.pt`; cache its embeddings over the large pool with
-`python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt`, and train on that run with `jobs.train`.
+    reference   a model trained on every row of a small, strongly curated set, which JEST and RHO compare a learner with
+    features    a column of a curated run: what a frozen network makes of each image
+    embeddings  columns of a curated run: both embeddings and the clip score of another model
+
+`reference --data.run RUN --output DIR` leaves `DIR/train/learner.pt`. Its embeddings over a large pool are what
+`python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt` makes; or, beside those of another model in a
+run that is there already, `embeddings --run RUN --column NAME --weights.checkpoint DIR/train/learner.pt`.
 
 Exit codes as in `jobs.train`.
 """
@@ -10,13 +14,15 @@ Exit codes as in `jobs.train`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
+from curation.distributed.columns import ColumnsSummary, add_columns, checked
 from curation.recipe import TrainRecipe
-from jobs.command import EXIT_USAGE, Command
-from jobs.recipes import REFERENCE
+from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe
+from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command
+from jobs.recipes import EMBEDDINGS, FEATURES, REFERENCE
 from jobs.train import print_plan, run_training
-
-KINDS = ("reference",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,9 +31,32 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] not in KINDS:
         print(f"usage: python -m jobs.fit {'|'.join(KINDS)} RECIPE [--dry-run] [fields]", file=sys.stderr)
         return EXIT_USAGE
+    return KINDS[arguments[0]](arguments[1:])
+
+
+def _reference(arguments: list[str]) -> int:
     return Command("fit reference", __doc__).run(
-        arguments[1:], recipes=REFERENCE, recipe_type=TrainRecipe, job=_fit_reference, dry_run=print_plan
+        arguments, recipes=REFERENCE, recipe_type=TrainRecipe, job=_fit_reference, dry_run=print_plan
     )
+
+
+def _features(arguments: list[str]) -> int:
+    return Command("fit features", __doc__).run(
+        arguments, recipes=FEATURES, recipe_type=FeaturesRecipe, job=_add_columns, dry_run=_check
+    )
+
+
+def _embeddings(arguments: list[str]) -> int:
+    return Command("fit embeddings", __doc__).run(
+        arguments, recipes=EMBEDDINGS, recipe_type=EmbeddingsRecipe, job=_add_columns, dry_run=_check
+    )
+
+
+KINDS: dict[str, Callable[[list[str]], int]] = {
+    "reference": _reference,
+    "features": _features,
+    "embeddings": _embeddings,
+}
 
 
 def _fit_reference(recipe: TrainRecipe) -> int:
@@ -44,6 +73,35 @@ def _fit_reference(recipe: TrainRecipe) -> int:
             "--pool.shards 'PATTERN' --output RUN"
         )
     return code
+
+
+def _check(recipe: ColumnsRecipe) -> None:
+    print(f"column {recipe.column!r} of {checked(recipe).run}")
+
+
+def _add_columns(recipe: ColumnsRecipe) -> int:
+    done = 0
+
+    def told(record: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        said = record.get("pending") or f"{record['made']:,} rows in {record['seconds']:.1f} s"
+        print(f"{done:>6}  {record['url']}  {said}", file=sys.stderr)
+
+    summary = add_columns(recipe, watch=told)
+    _print(recipe, summary)
+    return EXIT_FAILED if summary.failures else EXIT_OK
+
+
+def _print(recipe: ColumnsRecipe, summary: ColumnsSummary) -> None:
+    print(
+        f"{recipe.run}/columns/{recipe.column}: {summary.rows:,} rows in {summary.shards:,} shards, "
+        f"{summary.made_now:,} of them made now in {summary.seconds:,.1f} s"
+    )
+    if summary.missing:
+        print(f"{summary.missing:,} rows have no value: their image can no longer be decoded")
+    for failure in summary.failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, Select, TrainRecipe
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
 from curation.recipe.train import Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -103,3 +104,48 @@ REFERENCE: dict[str, Callable[[], TrainRecipe]] = {
     "jest": lambda: _reference(jest_train()),
 }
 """Recipes of `jobs.fit reference`, by name."""
+
+
+def features_debug() -> FeaturesRecipe:
+    """A nano model's image tower with random weights: proves the pipe."""
+    return FeaturesRecipe(network=Network(model="nano"), batch_size=64, compute=Compute(device="cpu"))
+
+
+def features_clip() -> FeaturesRecipe:
+    """The image tower of CLIP ViT-B/32."""
+    return FeaturesRecipe(
+        network=Network(model="ViT-B-32", pretrained=CLIP_B32.pretrained),
+        batch_size=512,
+        compute=Compute(device="cuda", decode_threads=8),
+    )
+
+
+def features_tflite() -> FeaturesRecipe:
+    """A TFLite file, one image at a time on CPUs: --network.model FILE."""
+    return FeaturesRecipe(network=Network(library="tflite", model="FILE"), batch_size=1, compute=Compute(device="cpu"))
+
+
+FEATURES: dict[str, Callable[[], FeaturesRecipe]] = {
+    "debug": features_debug,
+    "clip": features_clip,
+    "tflite": features_tflite,
+}
+"""Recipes of `jobs.fit features`, by name."""
+
+
+def embeddings_debug() -> EmbeddingsRecipe:
+    """A nano model on a CPU; --weights.checkpoint FILE names its weights."""
+    return EmbeddingsRecipe(weights=Weights(model="nano"), batch_size=64, compute=Compute(device="cpu"))
+
+
+def embeddings_small() -> EmbeddingsRecipe:
+    """CLIP ViT-B/32 on a GPU."""
+    return EmbeddingsRecipe(
+        weights=Weights(model="ViT-B-32", pretrained=CLIP_B32.pretrained),
+        batch_size=512,
+        compute=Compute(device="cuda", decode_threads=8),
+    )
+
+
+EMBEDDINGS: dict[str, Callable[[], EmbeddingsRecipe]] = {"debug": embeddings_debug, "small": embeddings_small}
+"""Recipes of `jobs.fit embeddings`, by name."""

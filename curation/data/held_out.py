@@ -1,4 +1,4 @@
-"""Held-out pairs, small enough to stay in memory: the first so many of a pool that can be read."""
+"""Held-out pairs, small enough to stay in memory: the first so many of a pool or of a curated run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from curation.data import storage
+from curation.data import shard_list, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.shards import ReadRules, Sample, ShardReader
 from curation.models.clip import Resize
@@ -18,9 +20,9 @@ ROWS_AT_A_TIME = 256
 
 
 class HeldOut(NamedTuple):
-    """N pairs: pixels uint8 (N, S, S, 3), captions, labels (None where there is none), and the uids that they bear."""
+    """N pairs: images (N, S, S, 3) uint8 or features (N, F), captions, labels (None where there is none), uids."""
 
-    pixels: np.ndarray
+    images: np.ndarray
     captions: list[str]
     labels: list[str | None]
     uids: list[str]
@@ -63,6 +65,31 @@ def read_held_out(
         [sample.caption or "" for sample in samples],
         [_label(sample, label_field) for sample in samples],
         [sample.uid for sample in samples],
+        num_dropped,
+    )
+
+
+def held_out_of_run(run: str, *, max_samples: int, features: str, label: str | None) -> HeldOut:
+    """The first `max_samples` embedded samples of a curated run, by their features. ValueError if there is none."""
+    columns = ["status", "caption", "uid", features, *([label] if label else [])]
+    parts: list[pa.Table] = []
+    num_rows = num_dropped = 0
+    for shard in shard_list.load(run):
+        if shard.retired or num_rows >= max_samples:
+            continue
+        table = tables.read(run, shard.number, columns)
+        ok = table.filter(pc.field("status") == "ok")
+        num_rows, num_dropped = num_rows + len(ok), num_dropped + len(table) - len(ok)
+        parts.append(ok.select(columns[1:]))
+    if not num_rows:
+        raise ValueError(f"evaluate.run: {run} holds no embedded sample")
+    pairs = pa.concat_tables(parts, promote_options="permissive").slice(0, max_samples)
+    labels = pairs[label].to_pylist() if label else [None] * len(pairs)
+    return HeldOut(
+        tables.as_array(pairs[features], name=features),
+        pairs["caption"].to_pylist(),
+        [None if value is None else str(value) for value in labels],
+        pairs["uid"].to_pylist(),
         num_dropped,
     )
 

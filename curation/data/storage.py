@@ -110,6 +110,14 @@ def names_in(folder: str) -> list[str]:
     return []
 
 
+def folders_in(folder: str) -> list[str]:
+    """Sorted names of the folders in a folder; empty if there is no such folder."""
+    fs, path = _resolve(folder)
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(_name(info["name"]) for info in fs.ls(path, detail=True) if info["type"] == "directory")
+    return []
+
+
 def delete(url: str) -> None:
     """Remove one file; nothing happens if it is not there."""
     fs, path = _resolve(url)

@@ -4,13 +4,17 @@ A table is made from one shard alone, so its bytes do not depend on the rest of 
 become `json.NAME` columns typed by what this shard holds; where shards disagree, `unify` settles it on reading:
 null with anything is that thing, integers with floats are floats, lists are settled by what is in them, everything else
 that differs is text.
+
+Columns that come later (features, another model's embeddings, new scores) are pieces beside the sample tables, which
+never change: `columns/PIECE/SHARD.parquet` has a row for each row of `samples/SHARD.parquet`, and columns called PIECE
+or PIECE.PART. `read` takes both side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,21 +23,43 @@ import pyarrow.parquet as pq
 
 from curation.columns import FORMAT_VERSION, JSON_PREFIX, sample_schema
 from curation.data import storage
+from curation.data.json_columns import as_text, json_column
 from curation.data.manifest import shard_name
 
 FOLDER = "samples"
 ROWS_PER_GROUP = 1024
 """Rows of a parquet row group: training reads some hundred neighbouring rows of a table, not all of it."""
-INT64 = range(-(2**63), 2**63)
-MAX_LIST_DEPTH = 4
-"""Deeper lists are text: a parquet file with 33 levels or more can be written, and never be read again."""
-TOO_DEEP = "(nested too deeply)"
-SCALARS = frozenset({pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string()})
+
+
+PIECES = "columns"
+PIECE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def url_of(output: str, shard_number: int) -> str:
     """Where a shard's sample table lies."""
     return storage.join(output, FOLDER, f"{shard_name(shard_number)}.parquet")
+
+
+def piece_url(output: str, piece: str, shard_number: int) -> str:
+    """Where a shard's later columns of one piece lie."""
+    return storage.join(output, PIECES, piece, f"{shard_name(shard_number)}.parquet")
+
+
+def piece_stage(piece: str) -> str:
+    """The stage under which a piece's manifests lie."""
+    return f"{PIECES}.{piece}"
+
+
+def piece_of(column: str) -> str:
+    """The piece whose column this is, if it is none of the sample table's."""
+    return column.partition(".")[0]
+
+
+def check_piece_name(piece: str, *, known: Iterable[str] = ()) -> str:
+    """The name itself. ValueError if it is none, or would hide a column that the sample tables have."""
+    if not PIECE_NAME.fullmatch(piece) or piece in {*known, piece_of(JSON_PREFIX)}:
+        raise ValueError(f"a piece's name is letters, digits, - and _, and no sample table's column, got {piece!r}")
+    return piece
 
 
 def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequence[dict[str, Any]]) -> pa.Table:
@@ -49,7 +75,7 @@ def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequenc
     for field in schema:
         value = columns[field.name]
         if pa.types.is_fixed_size_list(field.type):
-            arrays.append(_spread(np.asarray(value, dtype=np.float16), ok))
+            arrays.append(spread(np.asarray(value, dtype=np.float16), ok))
         else:
             arrays.append(pa.array(value, type=field.type))
     names = list(dict.fromkeys(name for row in fields for name in row))
@@ -59,75 +85,15 @@ def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequenc
     return table.replace_schema_metadata(schema.metadata)
 
 
-def _spread(embeddings_MD: np.ndarray, ok: np.ndarray) -> pa.FixedSizeListArray:
-    """Embeddings of the rows that have one, null elsewhere."""
-    dim = embeddings_MD.shape[1]
-    if len(embeddings_MD) != ok.sum():  # numpy would spread one embedding over all rows
-        raise ValueError(f"{len(embeddings_MD)} embeddings came for {ok.sum()} rows that are ok")
-    whole = np.zeros((len(ok), dim), np.float16)
-    whole[ok] = embeddings_MD
-    return pa.FixedSizeListArray.from_arrays(pa.array(whole.ravel()), dim, mask=pa.array(~ok))
-
-
-def json_column(values: Sequence[Any]) -> pa.Array:
-    """One json field over the rows of a shard, as the narrowest of null, bool, int64, double, text and lists of these.
-
-    Everything else (objects, mixed kinds, integers beyond 64 bits, lists deeper than MAX_LIST_DEPTH) is text as
-    `text_of` has it.
-    """
-    present = [value for value in values if value is not None]
-    kinds = {type(value) for value in present}
-    if not present:
-        return pa.nulls(len(values))
-    if kinds == {bool}:
-        return pa.array(values, pa.bool_())
-    if kinds == {int} and all(value in INT64 for value in present):
-        return pa.array(values, pa.int64())
-    if kinds <= {int, float} and all(isinstance(value, float) or abs(value) <= 2**53 for value in present):
-        return pa.array(values, pa.float64())
-    if kinds == {list}:
-        typed = _list_column(values)
-        if typed is not None:
-            return typed
-    return pa.array([None if value is None else text_of(value) for value in values], pa.string())
-
-
-def _list_column(values: Sequence[list[Any] | None]) -> pa.Array | None:
-    """Lists (of lists) of one kind of scalar as an Arrow list; None if Arrow cannot hold them without a change."""
-    kinds, level = set[type](), values
-    for _ in range(MAX_LIST_DEPTH):
-        items = [item for value in level if value is not None for item in value]
-        kinds = {type(item) for item in items if item is not None}
-        if kinds != {list}:
-            break
-        level = items
-    if kinds not in (set(), {bool}, {int}, {float}, {int, float}, {str}):
-        return None  # too deep, objects, or mixed: Arrow would make [1.5, true] into [1.5, 1.0]
-    try:
-        array = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
-        return None
-    scalar = array.type
-    while pa.types.is_list(scalar):
-        scalar = scalar.value_type
-    return array if scalar in SCALARS and array.to_pylist() == list(values) else None
-
-
-def text_of(value: Any) -> str:
-    """A json value as text that utf-8 can hold: strings as they are, anything else as JSON, TOO_DEEP if nobody can."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except RecursionError:  # it was parsed on a shorter stack
-        text = TOO_DEEP
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Any column as strings; null stays null."""
-    if pa.types.is_string(column.type):
-        return column
-    texts = [None if value is None else text_of(value) for value in column.to_pylist()]
-    return pa.chunked_array([pa.array(texts, pa.string())])
+def spread(values_M: np.ndarray, has_value: np.ndarray) -> pa.Array:
+    """Values (M,) or (M, D) of the rows that have one, null elsewhere; has_value (n,) bool, M of them true."""
+    if len(values_M) != has_value.sum():  # numpy would spread one value over all rows
+        raise ValueError(f"{len(values_M)} values came for {has_value.sum()} rows that have one")
+    whole = np.zeros((len(has_value), *values_M.shape[1:]), values_M.dtype)
+    whole[has_value] = values_M
+    if values_M.ndim == 1:
+        return pa.array(whole, mask=~has_value)
+    return pa.FixedSizeListArray.from_arrays(pa.array(whole.ravel()), values_M.shape[1], mask=pa.array(~has_value))
 
 
 def as_numbers(column: pa.ChunkedArray, *, name: str) -> np.ndarray:
@@ -156,6 +122,16 @@ def write(output: str, shard_number: int, table: pa.Table) -> None:
         pq.write_table(table, file, row_group_size=ROWS_PER_GROUP, **settings)
 
 
+def write_piece(output: str, piece: str, shard_number: int, columns: Mapping[str, pa.Array]) -> None:
+    """Write a shard's later columns, a value for each row of its sample table. ValueError if a name is not PIECE's."""
+    for name in columns:
+        if piece_of(name) != piece:
+            raise ValueError(f"columns of the piece {piece!r} are called {piece} or {piece}.PART, got {name!r}")
+    table = pa.table(dict(columns)).replace_schema_metadata({"format_version": str(FORMAT_VERSION)})
+    with storage.write_atomic(piece_url(output, piece, shard_number)) as file:
+        pq.write_table(table, file, row_group_size=ROWS_PER_GROUP, compression="none", use_dictionary=False)
+
+
 def _leaf(field: pa.Field) -> str:
     """The name by which parquet knows the values of a column: that of a list has the path to its elements."""
     path, dtype = field.name, field.type
@@ -165,45 +141,93 @@ def _leaf(field: pa.Field) -> str:
 
 
 @contextlib.contextmanager
-def _opened(output: str, shard_number: int) -> Iterator[pq.ParquetFile]:
-    """A shard's table, opened. ValueError if its format is newer than this code."""
-    with storage.open_read(url_of(output, shard_number)) as file:
+def _opened(url: str) -> Iterator[pq.ParquetFile]:
+    """A table, opened. ValueError if its format is newer than this code."""
+    with storage.open_read(url) as file:
         parquet = pq.ParquetFile(file)
         version = int((parquet.schema_arrow.metadata or {}).get(b"format_version", b"0"))
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"{url_of(output, shard_number)} has format_version {version}, "
-                f"this code reads up to {FORMAT_VERSION}: update curation"
+                f"{url} has format_version {version}, this code reads up to {FORMAT_VERSION}: update curation"
             )
         yield parquet
 
 
+def own_column_names(output: str, shard_number: int) -> list[str]:
+    """The columns of one shard's sample table."""
+    with _opened(url_of(output, shard_number)) as parquet:
+        return list(parquet.schema_arrow.names)
+
+
+def vector_width(output: str, shard_number: int, column: str) -> int:
+    """Width F of a column of vectors. ValueError if there is no such column."""
+    dtype = read(output, shard_number, [column], rows=range(1))[column].type
+    if not pa.types.is_fixed_size_list(dtype):
+        raise ValueError(f"column {column!r} is {dtype}, no column of vectors")
+    return dtype.list_size
+
+
 def column_names(output: str, shard_number: int) -> list[str]:
-    """The columns of one shard's table."""
-    with _opened(output, shard_number) as parquet:
-        return parquet.schema_arrow.names
+    """The columns of one shard's sample table, and of the pieces beside it."""
+    names = own_column_names(output, shard_number)
+    for piece in storage.folders_in(storage.join(output, PIECES)):
+        url = piece_url(output, piece, shard_number)
+        if storage.exists(url):
+            with _opened(url) as parquet:
+                names += parquet.schema_arrow.names
+    return names
 
 
 def read(
     output: str, shard_number: int, columns: Iterable[str] | None = None, *, rows: range | None = None
 ) -> pa.Table:
-    """Columns of one shard's table (all, if none are named); a named json column that the shard lacks is null.
+    """Columns of one shard's table (all of its own, if none are named) and of the pieces beside it.
 
-    With `rows` (step 1), only those that the table has, and of the file only the row groups which hold them.
+    A named json column that the shard lacks is null. With `rows` (step 1), only those that the table has, and of the
+    files only the row groups which hold them. ValueError if nobody has a column, or a piece is not of this table.
     """
-    with _opened(output, shard_number) as parquet:
+    url = url_of(output, shard_number)
+    with _opened(url) as parquet:
         if columns is None:
             return _rows_of(parquet, None, rows)
         wanted = list(columns)
         known = set(parquet.schema_arrow.names)
-        unknown = [name for name in wanted if name not in known and not name.startswith(JSON_PREFIX)]
-        if unknown:
-            raise ValueError(f"{url_of(output, shard_number)} has no column {unknown[0]!r}, it has {sorted(known)}")
-        table = _rows_of(parquet, [name for name in wanted if name in known], rows)
-        for name in wanted:
-            if name not in known:
-                table = table.append_column(name, pa.nulls(table.num_rows))
-        return table.select(wanted)
+        num_rows = parquet.metadata.num_rows
+        # A table without a column does not know how many rows it has.
+        table = _rows_of(parquet, [name for name in wanted if name in known] or ["address"], rows)
+    later = [name for name in wanted if name not in known and not name.startswith(JSON_PREFIX)]
+    for piece in dict.fromkeys(map(piece_of, later)):
+        names = [name for name in later if piece_of(name) == piece]
+        beside = _read_piece(output, piece, shard_number, names, rows=rows, num_rows=num_rows, known=known)
+        for name in names:
+            table = table.append_column(name, beside[name])
+    for name in wanted:
+        if name not in known and name.startswith(JSON_PREFIX):
+            table = table.append_column(name, pa.nulls(table.num_rows))
+    return table.select(wanted)
+
+
+def _read_piece(
+    output: str,
+    piece: str,
+    shard_number: int,
+    names: list[str],
+    *,
+    rows: range | None,
+    num_rows: int,
+    known: set[str],
+) -> pa.Table:
+    """Columns of one piece. ValueError if it lacks one of them, or does not have the sample table's rows."""
+    url = piece_url(output, piece, shard_number)
+    if not storage.exists(url):
+        raise ValueError(f"{url_of(output, shard_number)} has no column {names[0]!r}, it has {sorted(known)}")
+    with _opened(url) as parquet:
+        missing = [name for name in names if name not in parquet.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{url} has no column {missing[0]!r}, it has {parquet.schema_arrow.names}")
+        if parquet.metadata.num_rows != num_rows:
+            raise ValueError(f"{url} has {parquet.metadata.num_rows} rows, its sample table {num_rows}: make it anew")
+        return _rows_of(parquet, names, rows)
 
 
 def _rows_of(parquet: pq.ParquetFile, columns: list[str] | None, rows: range | None) -> pa.Table:
@@ -213,7 +237,7 @@ def _rows_of(parquet: pq.ParquetFile, columns: list[str] | None, rows: range | N
     starts = ends - np.diff(ends, prepend=0)
     groups = np.flatnonzero((starts < rows.stop) & (ends > rows.start)).tolist()
     if not groups:
-        return parquet.schema_arrow.empty_table().select(columns or parquet.schema_arrow.names)
+        return parquet.schema_arrow.empty_table().select(parquet.schema_arrow.names if columns is None else columns)
     table = parquet.read_row_groups(groups, columns)
     return table.slice(rows.start - starts[groups[0]], len(rows))
 

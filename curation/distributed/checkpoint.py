@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from curation.columns import FORMAT_VERSION
-from curation.models.clip import ClipNetwork
 
 
 class Position(NamedTuple):
@@ -32,11 +32,11 @@ def tag_of(step: int) -> str:
     return f"step-{step:010d}"
 
 
-def save(folder: Path, network: ClipNetwork, optimizer: Optimizer, position: Position, counts: dict[str, Any]) -> None:
+def save(folder: Path, network: nn.Module, optimizer: Optimizer, position: Position, counts: dict[str, Any]) -> None:
     """Write the checkpoint into an empty folder. `counts` are the run's running totals."""
     torch.save(
         {
-            "network": {name: value.detach().cpu() for name, value in network.clip.state_dict().items()},
+            "network": {name: value.detach().cpu() for name, value in network.state_dict().items()},
             "optimizer": optimizer.state_dict(),
             "random": torch.get_rng_state(),
         },
@@ -46,7 +46,7 @@ def save(folder: Path, network: ClipNetwork, optimizer: Optimizer, position: Pos
     (folder / "position.json").write_text(json.dumps(about, indent=1))
 
 
-def load(folder: Path, network: ClipNetwork, optimizer: Optimizer) -> tuple[Position, dict[str, Any]]:
+def load(folder: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Position, dict[str, Any]]:
     """Restore what `save` wrote, in place; the position and the totals. ValueError if it is newer, or does not fit."""
     about = json.loads((folder / "position.json").read_text())
     if about["format_version"] > FORMAT_VERSION:
@@ -56,7 +56,7 @@ def load(folder: Path, network: ClipNetwork, optimizer: Optimizer) -> tuple[Posi
         )
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     try:
-        network.clip.load_state_dict(state["network"])
+        network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the checkpoint {folder} does not fit the recipe's learner: {error}") from error

@@ -1,9 +1,17 @@
-"""Measures a learner on held-out pairs: retrieval, and zero-shot classification where the pairs have labels."""
+"""Measures a learner on held-out samples.
+
+Pairs by retrieval, and by zero-shot classification where they have labels; a classifier by its accuracy.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from curation.data.held_out import HeldOut
 from curation.data.step_log import Row
@@ -15,13 +23,21 @@ from curation.training.scoring import embed_rows
 TOP_KS = (1, 5, 10)
 
 
-class Evaluation:
+class Evaluation(Protocol):
+    """Held-out samples, ready to be measured on."""
+
+    def measure(self, network: Any) -> Row:
+        """Shares in [0, 1] by name; the network's training mode is left as it was."""
+        ...
+
+
+class PairEvaluation:
     """Held-out pairs, tokenised once; prompts for their classes if they have labels."""
 
     def __init__(self, held_out: HeldOut, *, model: str, templates: tuple[str, ...], batch_size: int):
         """ValueError if some pairs have a label and others have none."""
         tokenize = load_tokenizer(model)
-        self._pixels, self._tokens = torch.from_numpy(held_out.pixels), tokenize(held_out.captions)
+        self._images, self._tokens = torch.from_numpy(held_out.images), tokenize(held_out.captions)
         self._batch_size = batch_size
         labels = held_out.labels
         self._classes = sorted({label for label in labels if label is not None})
@@ -36,7 +52,7 @@ class Evaluation:
         was_training = network.training
         network.eval()
         try:
-            image_ND, text_ND = embed_rows(network, self._pixels, self._tokens, batch_size=self._batch_size)
+            image_ND, text_ND = embed_rows(network, self._images, self._tokens, batch_size=self._batch_size)
             ks = [k for k in TOP_KS if k <= len(image_ND)]
             recall = retrieval_recall(image_ND, text_ND, ks=ks)
             measured: Row = {f"image_to_text_r{k}": share for k, share in recall.image_to_text.items()}
@@ -55,3 +71,34 @@ class Evaluation:
         ks = [k for k in (1, 5) if k <= len(self._classes)]
         accuracy = zero_shot_accuracy(image_ND, classes_CD, self._labels.to(image_ND.device), ks=ks)
         return {f"zero_shot_top{k}": share for k, share in accuracy.items()}
+
+
+class ClassEvaluation:
+    """Held-out samples whose class is known."""
+
+    def __init__(self, held_out: HeldOut, *, classes: Sequence[str], batch_size: int):
+        """ValueError if a sample's label is none of the classes that are learnt."""
+        self._images, self._batch_size = torch.from_numpy(held_out.images), batch_size
+        places = {name: place for place, name in enumerate(classes)}
+        if unknown := [label for label in held_out.labels if label not in places]:
+            raise ValueError(
+                f"evaluate: {len(unknown)} held-out samples have a label that is none of the {len(places)} classes "
+                f"learnt, {unknown[0]!r} for one"
+            )
+        self._labels = torch.tensor([places[str(label)] for label in held_out.labels])
+
+    @torch.no_grad()
+    def measure(self, network: nn.Module) -> Row:
+        """`accuracy`, and the mean cross-entropy as `held_out_loss`."""
+        was_training, device = network.training, next(network.parameters()).device
+        network.eval()
+        try:
+            parts = self._images.split(self._batch_size)
+            logits = torch.cat([network(part.to(device)) for part in parts])
+        finally:
+            network.train(was_training)
+        labels = self._labels.to(device)
+        return {
+            "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+            "held_out_loss": F.cross_entropy(logits, labels).item(),
+        }

@@ -4,7 +4,8 @@ Each worker has a Ray Data pipeline of its own, over one row for each step: whic
 A pool of actors turns such a row into a block of exactly B/W rows; blocks come in order. What a step gets follows from
 the pool, the seed and the step alone, so a worker that starts again at step t gets what it would have got.
 
-Pixels travel as uint8, embeddings as float16. A sample that cannot be decoded any more is a row with ok = False.
+Pixels travel as uint8, embeddings as float16. A sample that cannot be decoded any more is a row with ok = False. For a
+learner on features no tar is opened: their column is read instead.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ READ_ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 
 Block = dict[str, np.ndarray]
-"""Columns of n rows: `address` int64, `uid` (n, 2) int64, `ok` bool, `pixels` uint8 (n, S, S, 3), `tokens` int64
-(n, L), and what FeedSpec.columns names."""
+"""Columns of n rows: `address` int64, `uid` (n, 2) int64, `ok` bool, the learner's `pixels` uint8 (n, S, S, 3) or
+`features` (n, F), `tokens` int64 (n, L) or `label` int64, and what FeedSpec.columns names."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,13 @@ class FeedSpec:
     run: str
     model: str
     pretrained: str | None
-    columns: tuple[str, ...]
-    """Columns of the run's tables that come along under their own names."""
+    features: str | None
+    """The column that is read as `features`, in place of pixels."""
+    label: str | None
+    """The column that is read as `label`, in place of captions; `classes` says which number a value is."""
+    classes: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
+    """Columns of the run's tables that come along: each one's name there, and in the block."""
     max_pixels: int
     rules: ReadRules
     decode_threads: int
@@ -124,8 +130,9 @@ class ReadShare:
 
     def __init__(self, spec: FeedSpec):
         self._spec = spec
-        self._resize = load_resize(spec.model, pretrained=spec.pretrained)
-        self._tokenize = load_tokenizer(spec.model)
+        self._resize = None if spec.features else load_resize(spec.model, pretrained=spec.pretrained)
+        self._tokenize = None if spec.label else load_tokenizer(spec.model)
+        self._classes = {name: number for number, name in enumerate(spec.classes)}
         self._pool = ThreadPoolExecutor(spec.decode_threads, "decode")
 
     def __call__(self, planned: pa.Table) -> dict[str, np.ndarray]:
@@ -143,26 +150,48 @@ class ReadShare:
 
     def _read(self, number: int, url: str, rows: np.ndarray) -> Block:
         spec = self._spec
-        needed = [*dict.fromkeys(["uid", "caption", *spec.columns])]
-        read = read_rows(spec.run, number, url, rows, needed, rules=spec.rules)
-        decoded = list(self._pool.map(self._decode, read.images))
+        text = spec.label or "caption"
+        needed = list(dict.fromkeys(["uid", text, *(name for name, _ in spec.columns)]))
+        if spec.features:
+            columns, images = self._features(number, rows, needed)
+        else:
+            columns, images = self._pixels(number, url, rows, needed)
         return {
             "address": addresses.pack(number, rows),
-            "uid": uid_words(read.columns["uid"].to_pylist()).view(np.int64),
-            "ok": np.array([image is not None for image in decoded]),
-            "pixels": np.stack([self._blank() if image is None else image for image in decoded]),
-            "tokens": self._tokenize(read.columns["caption"].to_pylist()).numpy(),
-            **{name: tables.as_array(read.columns[name], name=name) for name in spec.columns},
+            "uid": uid_words(columns["uid"].to_pylist()).view(np.int64),
+            **images,
+            **self._targets(columns[text].to_pylist()),
+            **{name: tables.as_array(columns[stored], name=stored) for stored, name in spec.columns},
         }
 
+    def _features(self, number: int, rows: np.ndarray, needed: list[str]) -> tuple[pa.Table, Block]:
+        features = str(self._spec.features)
+        first, last = int(rows[0]), int(rows[-1])
+        names = list(dict.fromkeys([*needed, features]))
+        table = tables.read(self._spec.run, number, names, rows=range(first, last + 1)).take(pa.array(rows - first))
+        values = tables.as_array(table[features], name=features)
+        return table, {"features": values, "ok": np.ones(len(rows), bool)}
+
+    def _pixels(self, number: int, url: str, rows: np.ndarray, needed: list[str]) -> tuple[pa.Table, Block]:
+        read = read_rows(self._spec.run, number, url, rows, needed, rules=self._spec.rules)
+        decoded = list(self._pool.map(self._decode, read.images))
+        ok = np.array([image is not None for image in decoded])
+        assert self._resize is not None
+        blank = np.zeros((*self._resize.image_size, 3), np.uint8)
+        return read.columns, {"pixels": np.stack([blank if image is None else image for image in decoded]), "ok": ok}
+
+    def _targets(self, values: list[Any]) -> Block:
+        """Labels as numbers, or captions as tokens."""
+        if self._tokenize is None:
+            return {"label": np.array([self._classes[str(value)] for value in values])}
+        return {"tokens": self._tokenize(values).numpy()}
+
     def _decode(self, row: ReadRow) -> np.ndarray | None:
+        assert self._resize is not None
         try:
             return pixels(row.image, max_pixels=self._spec.max_pixels, resize=self._resize).pixels
         except ImageError:
             return None
-
-    def _blank(self) -> np.ndarray:
-        return np.zeros((*self._resize.image_size, 3), np.uint8)
 
 
 def _retried(read: Callable[[], Any]) -> Any:

@@ -27,6 +27,7 @@ import torch
 from curation import addresses
 from curation.columns import JSON_PREFIX
 from curation.data import storage, tables
+from curation.data.json_columns import as_text
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics import sampling
@@ -209,7 +210,7 @@ def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table
         last = ranked[-1].step
         assert isinstance(last, Select)
         score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
-    licenses = pc.call_function("coalesce", [tables.as_text(table[name]) for name in LICENSE_COLUMNS])
+    licenses = pc.call_function("coalesce", [as_text(table[name]) for name in LICENSE_COLUMNS])
     kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
     return kept.append_column("license", licenses).filter(pa.array(_surviving(table, decided)))
 

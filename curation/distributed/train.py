@@ -28,6 +28,7 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, offered, step_log, storage
 from curation.data.lease import Lease
 from curation.data.offered import OfferedShard
+from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles, start_ledger
 from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.resources import cluster
@@ -118,15 +119,16 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
     precision: Precision = "bfloat16" if device == "cuda" else "float32"
     if recipe.train.precision != "auto":
         precision = recipe.train.precision
-    spec = LoopSpec(
+    learner = LearnerSpec(
         recipe=recipe,
         precision=precision,
         rules=plan.rules,
-        columns=plan.columns,
+        num_features=plan.num_features,
+        classes=plan.classes,
         reference_scale=plan.reference_scale,
         reference_bias=plan.reference_bias,
-        ledger=ledger,
     )
+    spec = LoopSpec(learner=learner, columns=plan.columns, ledger=ledger)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec},

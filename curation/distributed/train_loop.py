@@ -24,24 +24,21 @@ import torch.distributed as dist
 
 from curation.columns import LEDGER_COLUMNS
 from curation.data import offered, step_log, storage
-from curation.data.held_out import read_held_out
 from curation.data.offered import Rounds
-from curation.data.shards import ReadRules
 from curation.data.step_log import Row
 from curation.distributed import checkpoint
 from curation.distributed.checkpoint import Position, tag_of
-from curation.distributed.evaluate import Evaluation
 from curation.distributed.feed import Block, FeedSpec, Share, blocks
+from curation.distributed.learners import LearnerSpec, build_learner, load_evaluation
 from curation.distributed.ledger_actor import LedgerHandles
 from curation.distributed.ledger_client import LedgerClient
-from curation.models.clip import Precision, build_network, load_resize, load_towers
 from curation.numerics.sampling import uid_words
 from curation.recipe import TrainRecipe
 from curation.selector import Rows
 from curation.training.collectives import gather, ranks
 from curation.training.contrastive import make_optimizer
-from curation.training.flops import TRAINING_PASS, tower_flops
-from curation.training.online_step import OnlineSettings, OnlineTrainer, Outcome, Reference, Stopwatch
+from curation.training.flops import TRAINING_PASS
+from curation.training.online_step import OnlineSettings, OnlineTrainer, Outcome, Stopwatch
 from curation.training.step import NotFinite
 from curation.training.step_facts import KnownJunk, facts_of, fit_clusters
 
@@ -56,15 +53,15 @@ TOTALS = ("samples_loaded", "samples_trained", "flops", "seconds")
 class LoopSpec:
     """What every worker is told: small values only."""
 
-    recipe: TrainRecipe
-    precision: Precision
-    rules: ReadRules
-    columns: tuple[str, ...]
-    """Columns of the run's tables that travel with the rows."""
-    reference_scale: float | None
-    reference_bias: float | None
-    """Of the model whose embeddings are the columns; None where none are read."""
+    learner: LearnerSpec
+    columns: tuple[tuple[str, str], ...]
+    """Columns of the run's tables that travel with the rows: each one's name there, and in the rows."""
     ledger: LedgerHandles
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """The whole recipe."""
+        return self.learner.recipe
 
 
 def progress_url(output: str) -> str:
@@ -100,13 +97,9 @@ class _Worker:
         recipe = spec.recipe
         self._spec, self._output = spec, recipe.output
         self._rank, self._world_size = ranks()
-        device = ray.train.torch.get_device()
-        learner = recipe.learner
-        network = build_network(
-            learner.model, pretrained=learner.pretrained, checkpoint=learner.checkpoint, seed=learner.seed
-        ).to(device)
+        learner = build_learner(spec.learner, ray.train.torch.get_device())
         optimizer = make_optimizer(
-            network,
+            learner.network,
             learning_rate=recipe.train.learning_rate,
             weight_decay=recipe.train.weight_decay,
             betas=(0.9, recipe.train.beta2),
@@ -115,21 +108,20 @@ class _Worker:
         self._totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
         if newest := ray.train.get_checkpoint():
             with newest.as_directory() as folder:
-                self._position, totals = checkpoint.load(Path(folder), network, optimizer)
+                self._position, totals = checkpoint.load(Path(folder), learner.saved, optimizer)
                 self._totals |= totals
         self._ledger = self._open_ledger()
         selector = recipe.selector()
         self._trainer = OnlineTrainer(
-            network,
+            learner,
             optimizer,
             selector,
             _settings(spec),
-            reference=self._reference(),
             recall=self._recall if selector.needs & LEDGER_COLUMNS else None,
         )
         self._steps: list[Row] = []
         self._evaluations: list[Row] = []
-        self._evaluation = self._load_evaluation() if self._rank == 0 else None
+        self._evaluation = load_evaluation(spec.learner) if self._rank == 0 else None
         self._junk = _load_junk(recipe) if self._rank == 0 else None
         self._centroids: torch.Tensor | None = None
         self._flops_per_step: float | None = None
@@ -146,9 +138,12 @@ class _Worker:
             run=recipe.data.run,
             model=recipe.learner.model,
             pretrained=recipe.learner.pretrained,
+            features=recipe.data.features,
+            label=recipe.data.label,
+            classes=self._spec.learner.classes,
             columns=self._spec.columns,
             max_pixels=recipe.data.max_pixels,
-            rules=self._spec.rules,
+            rules=self._spec.learner.rules,
             decode_threads=recipe.compute.decode_threads,
         )
         steps = range(self._position.step, recipe.train.num_steps)
@@ -193,7 +188,7 @@ class _Worker:
         if self._evaluation is None:
             return
         begun = time.perf_counter()
-        measured = self._evaluation.measure(self._trainer.network)
+        measured = self._evaluation.measure(self._trainer.learner.network)
         totals = {name: self._totals[name] for name in TOTALS}
         seconds = time.perf_counter() - begun
         self._evaluations.append({"step": done, **totals, **measured, "evaluate_seconds": seconds})
@@ -213,7 +208,8 @@ class _Worker:
         self._steps, self._evaluations = [], []
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer
-            checkpoint.save(Path(folder), trainer.network, trainer.optimizer, Position(done, tag), self._totals)
+            saved = trainer.learner.saved
+            checkpoint.save(Path(folder), saved, trainer.optimizer, Position(done, tag), self._totals)
             ray.train.report(last, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=tag)
         # The newest checkpoint that Ray knows of may still be the one before.
         self._ledger.forget(self._spec.ledger.states()[0]["tags"][:-SNAPSHOTS_KEPT])
@@ -238,41 +234,6 @@ class _Worker:
         _barrier()
         columns = self._ledger.read(LEDGER, addresses.numpy())
         return {name: torch.from_numpy(column.astype(np.float32)) for name, column in columns.items()}
-
-    def _reference(self) -> Reference | None:
-        spec, weights = self._spec, self._spec.recipe.reference.weights
-        if spec.recipe.reference.online and weights is not None:
-            towers = load_towers(
-                weights.model,
-                pretrained=weights.pretrained,
-                checkpoint=weights.checkpoint,
-                seed=weights.seed,
-                precision=spec.precision,
-                device=str(ray.train.torch.get_device()),
-            )
-            return Reference(towers.logit_scale, towers.logit_bias, towers)
-        if spec.reference_scale is None or spec.reference_bias is None:
-            return None
-        return Reference(spec.reference_scale, spec.reference_bias, None)
-
-    def _load_evaluation(self) -> Evaluation | None:
-        recipe = self._spec.recipe
-        if not recipe.evaluate.shards:
-            return None
-        held_out = read_held_out(
-            recipe.evaluate.shards,
-            max_samples=recipe.evaluate.max_samples,
-            resize=load_resize(recipe.learner.model, pretrained=recipe.learner.pretrained),
-            rules=self._spec.rules,
-            max_pixels=recipe.data.max_pixels,
-            label_field=recipe.evaluate.label_field,
-        )
-        return Evaluation(
-            held_out,
-            model=recipe.learner.model,
-            templates=recipe.evaluate.templates,
-            batch_size=recipe.train.score_batch,
-        )
 
     def _note(self, number: int, rows: Rows, outcome: Outcome, seconds: dict[str, float]) -> None:
         """One row of the log, on rank 0. The figures are of the whole step, over all ranks; seconds are rank 0's."""
@@ -325,17 +286,12 @@ class _Worker:
         """Floating-point operations of a step over all ranks: scoring, an online reference, and training."""
         if self._flops_per_step is None:
             train, trainer = self._spec.recipe.train, self._trainer
-            per_row = sum(tower_flops(trainer.network, rows["pixels"][:1], rows["tokens"][:1]))
-            scoring = train.super_batch * per_row if trainer.scores_learner else 0.0
+            per_row = trainer.learner.flops(rows)
+            scoring = per_row.learner if trainer.scores_learner else 0.0
             again = 1.0 if train.micro_batches > 1 else 0.0
-            training = train.sub_batch * per_row * (TRAINING_PASS + again)
-            reference = self._reference_flops(rows) * train.super_batch
-            self._flops_per_step = scoring + training + reference
+            training = train.sub_batch * per_row.learner * (TRAINING_PASS + again)
+            self._flops_per_step = train.super_batch * (scoring + per_row.reference) + training
         return self._flops_per_step
-
-    def _reference_flops(self, rows: Rows) -> float:
-        towers = None if self._trainer.reference is None else self._trainer.reference.towers
-        return 0.0 if towers is None else sum(tower_flops(towers.network, rows["pixels"][:1], rows["tokens"][:1]))
 
     def _save_failure(self, number: int, rows: Rows, error: NotFinite) -> None:
         about = {
@@ -355,28 +311,20 @@ def _settings(spec: LoopSpec) -> OnlineSettings:
         keep=train.sub_batch,
         num_steps=train.num_steps,
         seed=spec.recipe.seed,
-        objective=train.objective,
         scope=train.scope,
         quota=train.quota,
-        score_batch=train.score_batch,
-        micro_batches=train.micro_batches,
         learning_rate=train.learning_rate,
         warmup=train.warmup,
         cooldown=train.cooldown,
         floor=train.floor,
         max_grad_norm=train.max_grad_norm,
-        precision=spec.precision,
         compiled=train.compile,
     )
 
 
 def _as_rows(block: Block) -> Rows:
-    """The feed's block as tensors; embeddings of the run's tables are the reference's."""
-    rows = {name: torch.from_numpy(np.array(column)) for name, column in block.items()}
-    for side in ("image", "text"):
-        if f"{side}_embedding" in rows:
-            rows[f"reference_{side}_embedding"] = rows.pop(f"{side}_embedding")
-    return rows
+    """The feed's block as tensors that may be written to."""
+    return {name: torch.from_numpy(np.array(column)) for name, column in block.items()}
 
 
 def _load_junk(recipe: TrainRecipe) -> KnownJunk | None:

@@ -10,15 +10,18 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
+
 from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS
 from curation.data import manifest, offered, shard_list, storage, tables
 from curation.data.offered import OfferedShard
 from curation.data.shards import ReadRules
 from curation.distributed import versions
 from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.models.classifier import is_on_features
 from curation.models.clip import weights_digest
 from curation.recipe import Pool, TrainRecipe
-from curation.training.online_step import LEARNER_COLUMNS, REFERENCE_COLUMNS
+from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS
 
 MADE_HERE = frozenset(
     {"address", "uid", "ok", "logit_scale", "logit_bias", "reference_logit_scale", "reference_logit_bias", "round"}
@@ -36,7 +39,11 @@ class TrainPlan:
 
     shards: list[OfferedShard]
     rules: ReadRules
-    columns: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
+    """Columns of the run's tables that travel with the rows: each one's name there, and in the rows."""
+    num_features: int | None
+    classes: tuple[str, ...]
+    """The labels, in order of the learner's classes; none if it learns pairs."""
     reference_scale: float | None
     reference_bias: float | None
     identity: dict[str, Any]
@@ -77,44 +84,87 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
             f"{recipe.train.filter_ratio}), but {run} offers {num_rows} rows"
         )
     columns = _columns(recipe, run, shards)
+    num_features = _num_features(recipe, records, shards) if recipe.data.features else None
+    classes = _classes(recipe, shards) if recipe.data.label else ()
     scale, bias = _cached_reference(recipe, curated, records, shards)
     if recipe.data.truth is not None and not storage.exists(recipe.data.truth):
         raise ValueError(f"data.truth: no file {recipe.data.truth}")
     if recipe.evaluate.shards:
         storage.list_shards(recipe.evaluate.shards)
-    learner = recipe.learner
-    learner_digest = weights_digest(
-        learner.model, pretrained=learner.pretrained, checkpoint=learner.checkpoint, seed=learner.seed
-    )
+    if recipe.evaluate.run and not storage.exists(storage.join(recipe.evaluate.run, "recipe.json")):
+        raise ValueError(f"evaluate.run: {recipe.evaluate.run} is no run of jobs.curate")
     # What may change between two starts of one run: where it runs, how often it saves and measures.
     described = recipe.model_dump(
         mode="json", exclude={"name", "output", "compute", "checkpoint_every", "evaluate", "format_version"}
     )
-    identity = {**_flat(described), "learner.weights": learner_digest}
+    identity = {**_flat(described), "learner.weights": learner_digest(recipe)}
+    if classes:
+        identity["data.classes"] = list(classes)
     identity["data.embedded_by"] = curated["embedded_by"]["embed.weights"]
     rules = Pool.model_validate(curated["recipe"]["pool"]).read_rules()
-    return TrainPlan(shards, rules, columns, scale, bias, identity)
+    return TrainPlan(shards, rules, columns, num_features, classes, scale, bias, identity)
 
 
-def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple[str, ...]:
-    """Columns of the run's tables that travel with the rows. ValueError if the method needs one that they lack."""
+def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple[tuple[str, str], ...]:
+    """Columns that travel with the rows, by their names there and here. ValueError if the method needs another one."""
     needs = recipe.selector().needs
     available = set(tables.column_names(run, shards[0].number))
     stored = sorted(needs - MADE_HERE)
     missing = [name for name in stored if name not in available and not name.startswith(JSON_PREFIX)]
     if missing:
         raise ValueError(f"method {recipe.method['name']!r} needs the column {missing[0]!r}, which {run} lacks")
+    own = [(name, name) for name in stored]
+    if recipe.reference.online or recipe.is_classifier:
+        return tuple(own)
     # A method that needs no reference has its learnability noted all the same, at 2 kB a row beside an image of 50.
-    cached = [] if recipe.reference.online else ["image_embedding", "text_embedding"]
-    return (*stored, *cached)
+    prefix = f"{recipe.reference.columns}." if recipe.reference.columns else ""
+    return (*own, *((f"{prefix}{side}_embedding", f"reference_{side}_embedding") for side in ("image", "text")))
+
+
+def _num_features(recipe: TrainRecipe, records: dict[int, dict], shards: list[OfferedShard]) -> int:
+    """Width of the features that the learner begins at. ValueError if a shard lacks them."""
+    features = str(recipe.data.features)
+    if features not in ("image_embedding", "text_embedding"):
+        check_piece(recipe.data.run, tables.piece_of(features), records, command="features")
+    return tables.vector_width(recipe.data.run, shards[0].number, features)
+
+
+def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]:
+    """The labels that the pool's embedded samples bear, sorted. ValueError if one has none."""
+    label, found = str(recipe.data.label), set[str]()
+    for shard in shards:
+        table = tables.read(recipe.data.run, shard.number, [label, "status"])
+        labels = table.filter(pc.field("status") == "ok")[label]
+        if labels.null_count:
+            raise ValueError(
+                f"data.label: {labels.null_count} samples of {shard.url} have no {label}; curate a pool whose samples "
+                "all have one"
+            )
+        found.update(map(str, labels.unique().to_pylist()))
+    return tuple(sorted(found))
+
+
+def check_piece(run: str, piece: str, records: dict[int, dict], *, command: str) -> dict[int, dict]:
+    """The manifests of a piece that is there for every shard, as it is now. ValueError, with what makes it, if not."""
+    made = manifest.committed(run, tables.piece_stage(piece))
+    stale = [number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]]
+    if stale:
+        raise ValueError(
+            f"{len(stale)} of {len(records)} shards of {run} lack the column {piece!r}, or have it of a former table; "
+            f"make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
+        )
+    return made
 
 
 def _cached_reference(
     recipe: TrainRecipe, curated: dict[str, Any], records: dict[int, dict], shards: list[OfferedShard]
 ) -> tuple[float | None, float | None]:
     """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
-    if recipe.reference.online:
+    if recipe.reference.online or recipe.is_classifier:
         return None, None
+    if piece := recipe.reference.columns:
+        record = check_piece(recipe.data.run, piece, records, command="embeddings")[shards[0].number]
+        return record["run_values"]["logit_scale"], record["run_values"]["logit_bias"]
     made_by, weights = curated["embedded_by"], recipe.reference.weights
     if weights is not None:
         digest = weights_digest(
@@ -131,6 +181,16 @@ def _cached_reference(
     if "logit_scale" not in record:
         raise ValueError(f"data.run: {recipe.data.run} was made by an older version; curate it again to another output")
     return record["logit_scale"], record["logit_bias"]
+
+
+def learner_digest(recipe: TrainRecipe) -> str:
+    """What decides the weights that the learner begins with."""
+    learner = recipe.learner
+    if not is_on_features(learner.model):
+        return weights_digest(
+            learner.model, pretrained=learner.pretrained, checkpoint=learner.checkpoint, seed=learner.seed
+        )
+    return storage.sha256_of(learner.checkpoint) if learner.checkpoint else f"seed {learner.seed}"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -70,7 +70,10 @@ class TowerOutput(NamedTuple):
 
 
 class ClipNetwork(nn.Module):
-    """An open_clip model that takes uint8 pixels; everything a training step needs, in one forward pass."""
+    """An open_clip model that takes uint8 pixels; everything a training step needs, in one forward pass.
+
+    With `num_features` its image tower is a FeatureTower: it takes float (n, F) wherever pixels are said.
+    """
 
     mean: Tensor
     std: Tensor
@@ -88,7 +91,12 @@ class ClipNetwork(nn.Module):
         return cast(Any, self.clip).logit_scale
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, S_h, S_w, 3) -> float32 (n, 3, S_h, S_w): the transform's ToTensor and Normalize, batched."""
+        """uint8 (n, S_h, S_w, 3) -> float32 (n, 3, S_h, S_w): the transform's ToTensor and Normalize, batched.
+
+        Features are made float32.
+        """
+        if pixels.is_floating_point():
+            return pixels.to(self.mean.dtype)
         return pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -110,6 +118,21 @@ class ClipNetwork(nn.Module):
         return scale.squeeze(), bias.squeeze()
 
 
+class FeatureTower(nn.Module):
+    """An image tower that begins where a frozen network ends: features (n, F) -> (n, D)."""
+
+    def __init__(self, num_features: int, *, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.layers = nn.Sequential(
+            nn.LayerNorm(num_features), nn.Linear(num_features, width), nn.GELU(), nn.Linear(width, embed_dim)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float (n, F) -> (n, D), not normalised."""
+        return self.layers(features)
+
+
 class Towers:
     """A model with fixed weights, on its device, in eval mode."""
 
@@ -124,6 +147,8 @@ class Towers:
         self.image_size = self.resize.image_size
         self._tokenizer = tokenizer
         clip = cast(Any, network.clip)
+        self.num_features: int | None = getattr(clip.visual, "num_features", None)
+        """Width of the features that the image tower begins at; None if it begins at pixels."""
         self.context_length: int = self._tokenizer([""]).shape[1]
         self.logit_scale: float = network.log_scale.exp().item()
         self.logit_bias: float = 0.0 if clip.logit_bias is None else clip.logit_bias.item()
@@ -134,8 +159,14 @@ class Towers:
         return self._tokenizer(captions) if captions else torch.zeros(0, self.context_length, dtype=torch.int64)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, S_h, S_w, 3), from any device -> (n, D) float32, unit norm, on the towers' device."""
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (*self.image_size, 3):
+        """uint8 (n, S_h, S_w, 3), from any device -> (n, D) float32, unit norm, on the towers' device.
+
+        Towers on features take float (n, F).
+        """
+        if self.num_features is not None:
+            if not pixels.is_floating_point() or pixels.shape[1:] != (self.num_features,):
+                raise ValueError(f"features must be float (n, {self.num_features}), got {_shape(pixels)}")
+        elif pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (*self.image_size, 3):
             raise ValueError(
                 f"pixels must be uint8 (n, {self.image_size[0]}, {self.image_size[1]}, 3), got {_shape(pixels)}"
             )
@@ -163,16 +194,18 @@ def load_towers(
     seed: int = 0,
     precision: Precision = "float32",
     device: str = "cpu",
+    num_features: int | None = None,
 ) -> Towers:
     """The towers of a model, ready to embed. `device` is "cpu", "cuda", "cuda:N", or "auto" for what is there.
 
-    `seed` gives random weights when neither `pretrained` nor `checkpoint` names any.
+    With `num_features` the image tower begins at features. `seed` gives random weights when neither `pretrained` nor
+    `checkpoint` names any.
     ValueError for an unknown name or tag, a checkpoint that is missing or does not fit, CUDA where there is none.
     """
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     device = resolve_device(device)
-    network = build_network(name, pretrained=pretrained, checkpoint=checkpoint, seed=seed)
+    network = build_network(name, pretrained=pretrained, checkpoint=checkpoint, seed=seed, num_features=num_features)
     return Towers(network, tokenizer=load_tokenizer(name), precision=precision, device=device)
 
 
@@ -184,7 +217,12 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
 
 
 def build_network(
-    name: str, *, pretrained: str | None = None, checkpoint: str | None = None, seed: int = 0
+    name: str,
+    *,
+    pretrained: str | None = None,
+    checkpoint: str | None = None,
+    seed: int = 0,
+    num_features: int | None = None,
 ) -> ClipNetwork:
     """A model in float32 on the CPU, in training mode. Arguments and errors as in `load_towers`.
 
@@ -193,6 +231,8 @@ def build_network(
     Neither torch's global random state nor any other is touched.
     """
     _model_config(name)
+    if num_features is not None:
+        return _build_on_features(name, num_features, pretrained=pretrained, checkpoint=checkpoint, seed=seed)
     source = _weights_file(name, pretrained=pretrained, checkpoint=checkpoint)
     # fork_rng with devices=[] and the CPU generator alone: torch.manual_seed would reseed CUDA too.
     with _BUILD_LOCK, torch.random.fork_rng(devices=[]), _quiet_root_logger():
@@ -217,6 +257,29 @@ def build_network(
                 f"{source} does not hold weights of {name}: {' '.join(reason[:3]) or repr(error)}"
             ) from error
     return ClipNetwork(clip.train(), PreprocessCfg(**cast(Any, clip.visual).preprocess_cfg))
+
+
+def _build_on_features(
+    name: str, num_features: int, *, pretrained: str | None, checkpoint: str | None, seed: int
+) -> ClipNetwork:
+    """The model's text tower beside a FeatureTower of four times its width."""
+    if pretrained is not None:
+        raise ValueError(f"pretrained {pretrained!r} is of a {name} that sees pixels, not features")
+    network = build_network(name, seed=seed)
+    clip, config = cast(Any, network.clip), _model_config(name)
+    with _BUILD_LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        clip.visual = FeatureTower(num_features, width=4 * config["text_cfg"]["width"], embed_dim=config["embed_dim"])
+    if checkpoint is not None:
+        source = _weights_file(name, pretrained=None, checkpoint=checkpoint)
+        try:
+            clip.load_state_dict(torch.load(cast(Path, source), map_location="cpu", weights_only=True))
+        except (RuntimeError, AttributeError, UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{source} does not hold weights of {name} on {num_features} features: {reason}"
+            ) from error
+    return network
 
 
 def load_resize(name: str, *, pretrained: str | None = None) -> Resize:

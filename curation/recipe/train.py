@@ -6,11 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.numerics.contrastive import load_objective
+from curation.models.classifier import is_on_features
 from curation.recipe.parts import MethodArgument, Part, WholeRecipe, selector_of
 from curation.selector import Selector
-
-REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
 
 
 class Data(Part):
@@ -23,6 +21,10 @@ class Data(Part):
     """Neighbouring rows that are read as one byte range; a round visits the segments in a seeded random order."""
     max_pixels: int = Field(default=90_000_000, gt=0)
     """An image whose header says more is not decoded."""
+    features: str | None = None
+    """A column of frozen features (`jobs.fit features`) that the learner takes in place of pixels: no image is read."""
+    label: str | None = None
+    """A column that names each sample's class, such as json.label; what `train.objective cross_entropy` learns."""
     truth: str | None = None
     """A parquet table with `uid` and a boolean column, for the log alone: which samples are known to be junk."""
     truth_column: str = "junk"
@@ -32,7 +34,8 @@ class Weights(Part):
     """A model and where its weights come from."""
 
     model: str = Field(default="ViT-B-32", min_length=1)
-    """An open_clip model, or `nano`."""
+    """An open_clip model, or `nano`. On `data.features` its text tower stands beside two linear layers for the image.
+    A classifier is `linear` or `mlp-WIDTH` on features, or a model whose image tower gets a linear head."""
     pretrained: str | None = Field(default=None, min_length=1)
     """open_clip's tag of pretrained weights."""
     checkpoint: str | None = Field(default=None, min_length=1)
@@ -50,6 +53,8 @@ class Weights(Part):
 class Reference(Part):
     """The fixed model that a learner is compared with. By default its embeddings are the columns of `data.run`."""
 
+    columns: str = ""
+    """The piece that holds its embeddings (`jobs.fit embeddings`); none named: those that `jobs.curate` made."""
     weights: Weights | None = None
     """If given: the columns must be this model's, or with `online` this model embeds each super-batch."""
     online: bool = False
@@ -78,7 +83,8 @@ class Train(Part):
     """Rows per forward pass while scoring."""
     micro_batches: int = Field(default=1, gt=0)
     """Parts in which a worker's share of the sub-batch is differentiated; the loss still sees the whole sub-batch."""
-    objective: Literal["sigmoid", "softmax"] = "sigmoid"
+    objective: Literal["sigmoid", "softmax", "cross_entropy"] = "sigmoid"
+    """sigmoid (SigLIP) and softmax (CLIP) learn from pairs, cross_entropy from labels."""
     learning_rate: float = Field(default=1e-3, gt=0)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -95,7 +101,6 @@ class Train(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        load_objective(self.objective)
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
         if self.sub_batch > self.super_batch:
@@ -112,13 +117,15 @@ class Evaluate(Part):
     """Measurements on held-out samples while training."""
 
     shards: str = ""
-    """Tars of held-out pairs, as in a pool; none given: no evaluation."""
+    """Tars of held-out pairs, as in a pool; neither these nor a run given: no evaluation."""
+    run: str = ""
+    """Or a run of `jobs.curate` over held-out pairs, for a learner on features: their columns are read."""
     every_steps: int = Field(default=0, ge=0)
     """Also every so many steps; 0: only at the end."""
     max_samples: int = Field(default=5000, gt=0)
     """The first so many pairs that can be read are taken."""
     label_field: str | None = None
-    """A json field that names the class: zero-shot classification is measured too."""
+    """The json field that names the class: zero-shot classification is measured too."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts of a class; {} is its name."""
 
@@ -186,6 +193,36 @@ class TrainRecipe(WholeRecipe):
         if self.train.sub_batch // self.compute.workers < self.train.micro_batches:
             raise ValueError(f"train.micro_batches={self.train.micro_batches} is more than a worker's rows of a step")
         return self
+
+    @model_validator(mode="after")
+    def _learner_fits(self) -> Self:
+        data, model, on_labels = self.data, self.learner.model, self.is_classifier
+        if on_labels != (data.label is not None):
+            raise ValueError(f"train.objective {self.train.objective} and data.label {data.label} do not fit")
+        if is_on_features(model) and not (on_labels and data.features):
+            raise ValueError(f"learner.model {model!r} classifies features: it needs data.features and cross_entropy")
+        if on_labels and data.features and not is_on_features(model):
+            raise ValueError(f"on data.features a classifier is linear or mlp-WIDTH, got learner.model {model!r}")
+        if data.features and self.learner.pretrained:
+            raise ValueError(f"learner.pretrained {self.learner.pretrained!r} is of a model that sees pixels")
+        if self.evaluate.shards and self.evaluate.run:
+            raise ValueError("evaluate: give shards or run, got both")
+        if self.evaluate.shards and data.features:
+            raise ValueError("evaluate.shards hold pixels; a learner on data.features is measured on evaluate.run")
+        if self.evaluate.run and not data.features:
+            raise ValueError("evaluate.run is for a learner on data.features; give evaluate.shards")
+        if on_labels and self.train.micro_batches > 1:
+            raise ValueError("train.micro_batches are for the losses of pairs; a classifier's sub_batch may be smaller")
+        if on_labels and self.reference.columns:
+            raise ValueError(
+                "reference.columns are embeddings; a classifier is compared with reference.weights, online"
+            )
+        return self
+
+    @property
+    def is_classifier(self) -> bool:
+        """True if the learner learns labels, False if it learns pairs."""
+        return self.train.objective == "cross_entropy"
 
     def selector(self) -> Selector:
         """The method's selector."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from curation.models.clip import ClipNetwork
@@ -48,6 +48,14 @@ def tower_flops(network: ClipNetwork, pixels: Tensor, tokens: Tensor) -> TowerFl
         image=_count(hollow.embed_images, pixels.to("meta")) // len(pixels),
         text=_count(hollow.embed_texts, tokens.to("meta")) // len(tokens),
     )
+
+
+def forward_flops(network: nn.Module, inputs: Tensor) -> int:
+    """FLOPs per row of a network's forward pass, counted as `tower_flops` does. ValueError if there is no row."""
+    if not len(inputs):
+        raise ValueError("forward_flops needs a row, got none")
+    hollow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+    return _count(hollow, inputs.to("meta")) // len(inputs)
 
 
 def _count(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""One weighted gradient step of an image–text model: the only place where a loss becomes new weights.
+"""One weighted gradient step: the only place where a loss becomes new weights.
 
 The batch may be spread over ranks, and a rank's rows over micro-batches; the loss is that of the whole batch all the
 same. Ranks gather their embeddings, each computes the losses of its own rows against all, and gradients flow back to
@@ -29,7 +29,7 @@ from curation.training.collectives import gather_with_gradient, ranks, sum_over_
 class PairBatch(NamedTuple):
     """This rank's n rows to train on, on the model's device."""
 
-    pixels: Tensor  # uint8 (n, S, S, 3)
+    pixels: Tensor  # uint8 (n, S, S, 3), or features (n, F) for a network that takes them
     tokens: Tensor  # int64 (n, L)
 
 
@@ -39,9 +39,9 @@ class StepReport(NamedTuple):
     loss: float  # mean of weight * loss
     mean_loss: float  # mean of loss
     losses: Tensor  # (n,) of this rank's rows, unweighted, detached
-    accuracy: float  # share of images whose own text is nearest, within the batch
+    accuracy: float  # share of images whose own text is nearest within the batch; of rows whose class is told right
     grad_norm: float  # before clipping
-    logit_scale: float
+    logit_scale: float | None  # None for a classifier
 
 
 class NotFinite(ValueError):
@@ -69,7 +69,21 @@ def contrastive_step(
     Selection. ValueError if weights do not fit the batch, NotFinite (on every rank) if a loss or the gradient is not
     finite: both before the weights or the optimizer's state have changed.
     """
-    n = len(batch.pixels)
+    check_weights(weights, len(batch.pixels))
+    autocast = autocast or contextlib.nullcontext()
+
+    def backward() -> StepReport:
+        if micro_batches > 1:
+            return _backward_in_parts(model, batch, weights, objective, micro_batches=micro_batches, autocast=autocast)
+        with autocast:
+            output = model(batch.pixels, batch.tokens)
+        return _backward(output, weights, objective)
+
+    return take_step(backward, optimizer=optimizer, max_grad_norm=max_grad_norm)
+
+
+def check_weights(weights: Tensor, n: int) -> None:
+    """ValueError if weights are not those of n rows, as in a Selection."""
     if weights.shape != (n,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError(
             f"weights must be finite, >= 0 and ({n},) like the batch, "
@@ -77,14 +91,15 @@ def contrastive_step(
             if weights.numel()
             else f"weights must be ({n},) like the batch, got none"
         )
-    autocast = autocast or contextlib.nullcontext()
+
+
+def take_step(backward: Callable[[], StepReport], *, optimizer: Optimizer, max_grad_norm: float) -> StepReport:
+    """One step of `optimizer` along the gradient that `backward` leaves in the parameters, clipped.
+
+    NotFinite if the gradient is not finite, before weights or state have changed.
+    """
     optimizer.zero_grad(set_to_none=True)
-    if micro_batches == 1:
-        with autocast:
-            output = model(batch.pixels, batch.tokens)
-        seen = _backward(output, weights, objective)
-    else:
-        seen = _backward_in_parts(model, batch, weights, objective, micro_batches=micro_batches, autocast=autocast)
+    seen = backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = clip_grad_norm_(parameters, max_grad_norm)
     if not torch.isfinite(grad_norm):
@@ -96,6 +111,31 @@ def contrastive_step(
     return seen._replace(grad_norm=grad_norm.item())
 
 
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """mean(weights * losses) of this rank's rows. NotFinite, on every rank, if any rank's loss is not finite.
+
+    DistributedDataParallel takes the mean of the ranks' gradients, and the mean of their means is the batch's mean.
+    """
+    loss = (weights * losses).mean()
+    num_bad = sum_over_ranks((~torch.isfinite(weights * losses)).sum())
+    if num_bad:
+        rows = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        raise NotFinite(
+            f"the step's batch is bad: loss {loss.item()} on rank {ranks().rank}, not finite in rows {rows[:10]} "
+            f"of its {len(losses)}, and in {int(num_bad)} of all ranks",
+            rows=rows,
+        )
+    return loss
+
+
+@torch.no_grad()
+def report_of(losses: Tensor, weights: Tensor, *, hits: Tensor, logit_scale: float | None) -> StepReport:
+    """The report of a step over all ranks; `hits` is how many of this rank's rows are answered right. Collective."""
+    sums = sum_over_ranks(torch.stack([(weights * losses).sum(), losses.sum(), hits.to(losses.dtype)]))
+    loss, mean_loss, accuracy = (sums / (ranks().world_size * len(losses))).tolist()
+    return StepReport(loss, mean_loss, losses.detach(), accuracy, grad_norm=0.0, logit_scale=logit_scale)
+
+
 def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> StepReport:
     """Gradients of the whole batch's loss, from this rank's embeddings (n, D)."""
     image_nD, text_nD, logit_scale, logit_bias = output
@@ -104,31 +144,12 @@ def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> Step
     if world_size > 1:
         within = Batch(gather_with_gradient(image_nD), gather_with_gradient(text_nD), rank * len(image_nD))
     losses = objective(image_nD, text_nD, logit_scale=logit_scale, logit_bias=logit_bias, within=within)
-    loss = (weights * losses).mean()
-    num_bad = sum_over_ranks((~torch.isfinite(weights * losses)).sum())
-    if num_bad:
-        rows = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        raise NotFinite(
-            f"the step's batch is bad: loss {loss.item()} on rank {rank}, not finite in rows {rows[:10]} "
-            f"of its {len(losses)}, and in {int(num_bad)} of all ranks",
-            rows=rows,
-        )
-    # DistributedDataParallel takes the mean of the ranks' gradients, and the mean of their means is the batch's mean.
-    loss.backward()
+    weighted_mean(losses, weights).backward()
     with torch.no_grad():
         texts_MD = text_nD if within is None else within.text_MD
         own = torch.arange(len(losses), device=losses.device) + (0 if within is None else within.first)
         hits = ((image_nD @ texts_MD.T).argmax(dim=1) == own).sum()
-        sums = sum_over_ranks(torch.stack([(weights * losses).sum(), losses.sum(), hits.to(losses.dtype)]))
-        loss, mean_loss, accuracy = (sums / (world_size * len(losses))).tolist()
-    return StepReport(
-        loss=loss,
-        mean_loss=mean_loss,
-        losses=losses.detach(),
-        accuracy=accuracy,
-        grad_norm=0.0,
-        logit_scale=logit_scale.item(),
-    )
+    return report_of(losses, weights, hits=hits, logit_scale=logit_scale.item())
 
 
 def _backward_in_parts(

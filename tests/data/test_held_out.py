@@ -44,8 +44,8 @@ def test_pairs_come_in_order_and_broken_ones_are_counted(tmp_path: Path) -> None
     write(tmp_path / "b.tar", ["four"])
     held_out = read(tmp_path)
     assert held_out.captions == ["one", "three", "four"] and held_out.num_dropped == 1
-    assert held_out.pixels.shape == (3, 48, 48, 3) and held_out.pixels.dtype == np.uint8
-    assert held_out.pixels[1, 0, 0].tolist() == [80, 0, 0]
+    assert held_out.images.shape == (3, 48, 48, 3) and held_out.images.dtype == np.uint8
+    assert held_out.images[1, 0, 0].tolist() == [80, 0, 0]
     assert len(set(held_out.uids)) == 3 and held_out.labels == [None] * 3
 
 

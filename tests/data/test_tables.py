@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from curation.columns import FORMAT_VERSION, SAMPLE_COLUMNS
 from curation.data import storage, tables
-from curation.data.tables import Rechunk, conform, json_column, rechunked, text_of, unify
+from curation.data.json_columns import TOO_DEEP, as_text, json_column, text_of
+from curation.data.tables import Rechunk, conform, rechunked, unify
 
 DIM = 3
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"))
@@ -126,7 +127,7 @@ class TestJsonColumn:
         deep: list = []
         for _ in range(100_000):
             deep = [deep]
-        assert json_column([deep, [1]]).to_pylist() == [tables.TOO_DEEP, "[1]"]
+        assert json_column([deep, [1]]).to_pylist() == [TOO_DEEP, "[1]"]
 
     @given(st.lists(JSON, max_size=5))
     def test_any_values_make_a_column_that_a_file_gives_back(self, values):
@@ -176,7 +177,7 @@ class TestSampleTable:
     @pytest.mark.parametrize("rows", [0, 1, 4])
     def test_another_number_of_embeddings_than_of_ok_rows_is_refused(self, rows):
         columns = columns_of(3) | {"image_embedding": np.zeros((rows, DIM), np.float16)}
-        with pytest.raises(ValueError, match=f"{rows} embeddings came for 3 rows that are ok"):
+        with pytest.raises(ValueError, match=f"{rows} values came for 3 rows that have one"):
             tables.sample_table(columns, [{}] * 3)
 
     def test_another_number_of_json_rows_is_refused(self):
@@ -278,7 +279,7 @@ class TestAsNumbersAndText:
         ],
     )
     def test_any_column_as_text(self, values, texts):
-        column = tables.as_text(pa.chunked_array([json_column(values)]))
+        column = as_text(pa.chunked_array([json_column(values)]))
         assert column.type == pa.string()
         assert column.to_pylist() == texts
 

@@ -23,8 +23,21 @@ RULES = ReadRules()
 OFFERED = 236
 
 
-def spec_of(run: Path, *, columns: tuple[str, ...] = ("image_embedding", "clip_score")) -> FeedSpec:
-    return FeedSpec(str(run), "nano", None, columns, 90_000_000, RULES, 2)
+def spec_of(
+    run: Path, *, columns: tuple[str, ...] = ("image_embedding", "clip_score"), max_pixels: int = 90_000_000
+) -> FeedSpec:
+    return FeedSpec(
+        run=str(run),
+        model="nano",
+        pretrained=None,
+        features=None,
+        label=None,
+        classes=(),
+        columns=tuple((name, name) for name in columns),
+        max_pixels=max_pixels,
+        rules=RULES,
+        decode_threads=2,
+    )
 
 
 def shards_of(run: Path) -> list[OfferedShard]:
@@ -131,8 +144,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again(curated: Path, monkeypatc
 
 def test_an_image_that_no_longer_decodes_is_a_row_that_may_not_be_chosen(curated: Path) -> None:
     shard = shards_of(curated)[0]
-    refusing = FeedSpec(str(curated), "nano", None, (), 10, RULES, 2)
-    block = ReadShare(refusing)(planned(shard, 0, 5))
+    block = ReadShare(spec_of(curated, columns=(), max_pixels=10))(planned(shard, 0, 5))
     assert not block["ok"].any() and block["pixels"].shape == (5, 48, 48, 3) and not block["pixels"].any()
 
 

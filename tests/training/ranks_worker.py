@@ -18,8 +18,9 @@ from curation.models.clip import TowerOutput, build_network
 from curation.numerics.contrastive import sigmoid_loss, softmax_loss
 from curation.training.collectives import Handover, gather, hand_over, ranks
 from curation.training.contrastive import make_optimizer
+from curation.training.contrastive_learner import ContrastiveLearner, Reference
 from curation.training.online import Scope, choose
-from curation.training.online_step import OnlineSettings, OnlineTrainer, Reference
+from curation.training.online_step import OnlineSettings, OnlineTrainer
 from curation.training.step import NotFinite, PairBatch, contrastive_step
 
 WHOLE = 12
@@ -122,9 +123,9 @@ def online_step(method: str) -> dict[str, Tensor | float]:
         },
     }
     settings = OnlineSettings(keep=12, num_steps=4, seed=1)
-    reference = Reference(20.0, -5.0, None)
+    learner = ContrastiveLearner(network=network, reference=Reference(20.0, -5.0, None))
     optimizer = make_optimizer(network, learning_rate=1e-3)
-    trainer = OnlineTrainer(network, optimizer, load_selector(method), settings, reference=reference)
+    trainer = OnlineTrainer(learner, optimizer, load_selector(method), settings)
     outcomes = [trainer.step(number, block) for number in range(2)]
     return {
         "losses": torch.tensor([outcome.report.loss for outcome in outcomes]),

@@ -1,0 +1,133 @@
+"""From a training recipe to the learner that a worker trains, and to what it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from curation.columns import JSON_PREFIX
+from curation.data.held_out import HeldOut, held_out_of_run, read_held_out
+from curation.data.shards import ReadRules
+from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
+from curation.models.classifier import Classifier, build_classifier
+from curation.models.clip import Precision, build_network, load_resize, load_towers
+from curation.recipe import TrainRecipe
+from curation.recipe.train import Weights
+from curation.training.classifier_learner import ClassifierLearner
+from curation.training.contrastive_learner import ContrastiveLearner, Reference
+from curation.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What recipe and pool say of the learner: small values only."""
+
+    recipe: TrainRecipe
+    precision: Precision
+    rules: ReadRules
+    num_features: int | None
+    """Width of the features that the learner begins at; None if it sees pixels."""
+    classes: tuple[str, ...]
+    """The labels that it learns; none if it learns pairs."""
+    reference_scale: float | None
+    reference_bias: float | None
+    """Of the model whose embeddings are the columns; None where none are read."""
+
+
+def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
+    """The learner at its beginning, and its reference."""
+    recipe, train = spec.recipe, spec.recipe.train
+    images = "pixels" if recipe.data.features is None else "features"
+    if recipe.is_classifier:
+        reference = recipe.reference.weights
+        return ClassifierLearner(
+            network=_classifier(spec, recipe.learner).to(device),
+            reference=None if reference is None else _classifier(spec, reference).to(device).eval(),
+            images=images,
+            score_batch=train.score_batch,
+            precision=spec.precision,
+        )
+    learner = recipe.learner
+    network = build_network(
+        learner.model,
+        pretrained=learner.pretrained,
+        checkpoint=learner.checkpoint,
+        seed=learner.seed,
+        num_features=spec.num_features,
+    )
+    return ContrastiveLearner(
+        network=network.to(device),
+        reference=_reference(spec, device),
+        images=images,
+        objective=train.objective,
+        score_batch=train.score_batch,
+        micro_batches=train.micro_batches,
+        precision=spec.precision,
+    )
+
+
+def _classifier(spec: LearnerSpec, weights: Weights) -> Classifier:
+    return build_classifier(
+        weights.model,
+        num_classes=len(spec.classes),
+        num_features=spec.num_features,
+        pretrained=weights.pretrained,
+        checkpoint=weights.checkpoint,
+        seed=weights.seed,
+    )
+
+
+def _reference(spec: LearnerSpec, device: torch.device) -> Reference | None:
+    weights = spec.recipe.reference.weights
+    if spec.recipe.reference.online and weights is not None:
+        towers = load_towers(
+            weights.model,
+            pretrained=weights.pretrained,
+            checkpoint=weights.checkpoint,
+            seed=weights.seed,
+            precision=spec.precision,
+            device=str(device),
+            num_features=spec.num_features,
+        )
+        return Reference(towers.logit_scale, towers.logit_bias, towers)
+    if spec.reference_scale is None or spec.reference_bias is None:
+        return None
+    return Reference(spec.reference_scale, spec.reference_bias, None)
+
+
+def load_evaluation(spec: LearnerSpec) -> Evaluation | None:
+    """What the recipe measures on; None if it measures nothing."""
+    recipe = spec.recipe
+    evaluate = recipe.evaluate
+    if not evaluate.shards and not evaluate.run:
+        return None
+    held_out = _held_out(spec)
+    if recipe.is_classifier:
+        return ClassEvaluation(held_out, classes=spec.classes, batch_size=recipe.train.score_batch)
+    return PairEvaluation(
+        held_out,
+        model=recipe.learner.model,
+        templates=evaluate.templates,
+        batch_size=recipe.train.score_batch,
+    )
+
+
+def _held_out(spec: LearnerSpec) -> HeldOut:
+    recipe, evaluate = spec.recipe, spec.recipe.evaluate
+    # A classifier is measured by the labels that it learns, unless others are named.
+    field = evaluate.label_field
+    if field is None and recipe.data.label is not None:
+        field = recipe.data.label.removeprefix(JSON_PREFIX)
+    if evaluate.run:
+        label = None if field is None else JSON_PREFIX + field
+        features = str(recipe.data.features)
+        return held_out_of_run(evaluate.run, max_samples=evaluate.max_samples, features=features, label=label)
+    return read_held_out(
+        evaluate.shards,
+        max_samples=evaluate.max_samples,
+        resize=load_resize(recipe.learner.model, pretrained=recipe.learner.pretrained),
+        rules=spec.rules,
+        max_pixels=recipe.data.max_pixels,
+        label_field=field,
+    )

@@ -1,0 +1,53 @@
+"""Columns that are added to a curated run: a frozen network's features, or another model's embeddings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from curation.recipe.curate import Compute
+from curation.recipe.parts import Part, WholeRecipe
+from curation.recipe.train import Weights
+
+
+class Network(Part):
+    """A frozen network that turns an image into features."""
+
+    library: Literal["open_clip", "timm", "torchvision", "tflite"] = "open_clip"
+    model: str = Field(default="ViT-B-32", min_length=1)
+    """The library's name of the model; of a tflite network the file."""
+    pretrained: str | None = Field(default=None, min_length=1)
+    """The library's tag of pretrained weights."""
+    checkpoint: str | None = Field(default=None, min_length=1)
+    """A local state dict instead."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random weights, when neither is given."""
+
+
+class ColumnsRecipe(WholeRecipe):
+    """What both kinds of recipe say: the run whose shards get columns, and where the work runs."""
+
+    run: str = ""
+    """Folder or URL of a run of `jobs.curate`."""
+    column: str = ""
+    """The columns' name: letters, digits, - and _."""
+    batch_size: int = Field(default=128, gt=0)
+    """Rows per forward pass; a batch never crosses a shard, and the last one is padded."""
+    max_pixels: int = Field(default=90_000_000, gt=0)
+    """An image whose header says more has no value."""
+    compute: Compute = Compute()
+
+
+class FeaturesRecipe(ColumnsRecipe):
+    """A column NAME (F,) float16: what a frozen network makes of each image."""
+
+    network: Network = Network()
+
+
+class EmbeddingsRecipe(ColumnsRecipe):
+    """Columns NAME.image_embedding and NAME.text_embedding (D,) float16 and NAME.clip_score: another model's."""
+
+    weights: Weights = Weights()
+    features: str | None = None
+    """The column of features that the model takes in place of pixels."""

@@ -1,0 +1,145 @@
+"""An image–text model in training, and the fixed reference that it is compared with.
+
+n rows of this rank, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from curation.models.clip import ClipNetwork, Precision, Towers
+from curation.numerics.contrastive import blocked_pair_losses, load_objective
+from curation.selector import Rows
+from curation.training.contrastive import MAX_LOGIT_SCALE
+from curation.training.flops import tower_flops
+from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS, RowFlops, autocast, check_finite
+from curation.training.scoring import embed_rows, losses_in_super_batch
+from curation.training.step import PairBatch, StepReport, contrastive_step
+
+
+class Reference(NamedTuple):
+    """The fixed model: its scale and bias, and the towers that embed online, or None where columns have it done."""
+
+    logit_scale: float
+    logit_bias: float
+    towers: Towers | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveLearner:
+    """`network` is on its device, and takes `images`: the column "pixels", or "features" if it begins at those."""
+
+    network: ClipNetwork
+    reference: Reference | None = None
+    images: str = "pixels"
+    objective: str = "sigmoid"
+    score_batch: int = 1024
+    micro_batches: int = 1
+    precision: Precision = "float32"
+
+    @property
+    def saved(self) -> nn.Module:
+        """open_clip's own module: the checkpoint is one that open_clip loads."""
+        return self.network.clip
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Images and tokens."""
+        return (self.images, "tokens")
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The reference's columns, if there is no reference."""
+        if self.reference is not None:
+            return frozenset()
+        return REFERENCE_COLUMNS | {"reference_logit_scale", "reference_logit_bias", "reference_loss"}
+
+    def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
+        """Embeddings, scale and bias of the learner if the method asks for them; the reference's in any case."""
+        rows: Rows = {}
+        device = self.network.log_scale.device
+        if needs & LEARNER_COLUMNS:
+            rows["image_embedding"], rows["text_embedding"] = embed_rows(
+                self.network,
+                block[self.images],
+                block["tokens"],
+                batch_size=self.score_batch,
+                autocast=autocast(device, self.precision),
+            )
+            check_finite(torch.cat([rows["image_embedding"], rows["text_embedding"]], dim=1), what="embeddings")
+            scale, bias = self.network.scale_and_bias()
+            rows["logit_scale"], rows["logit_bias"] = scale.detach(), bias.detach()
+        if self.reference is not None:
+            rows |= self._reference_rows(block, device)
+        for name, prefix in (("learner_loss", ""), ("reference_loss", "reference_")):
+            if name in needs:
+                rows[name] = losses_in_super_batch(
+                    rows[f"{prefix}image_embedding"],
+                    rows[f"{prefix}text_embedding"],
+                    logit_scale=rows[f"{prefix}logit_scale"],
+                    logit_bias=rows[f"{prefix}logit_bias"],
+                    objective=self.objective,
+                )
+        return {name: value for name, value in rows.items() if name not in LEARNER_COLUMNS - needs}
+
+    def _reference_rows(self, block: Rows, device: torch.device) -> Rows:
+        assert self.reference is not None
+        scale, bias, towers = self.reference
+        rows: Rows = {
+            "reference_logit_scale": torch.tensor(scale, device=device),
+            "reference_logit_bias": torch.tensor(bias, device=device),
+        }
+        if towers is None:
+            return rows | {name: block[name].to(device) for name in REFERENCE_COLUMNS}
+        for name, embed, inputs in (
+            ("reference_image_embedding", towers.embed_images, block[self.images]),
+            ("reference_text_embedding", towers.embed_texts, block["tokens"]),
+        ):
+            rows[name] = torch.cat([embed(part) for part in inputs.split(self.score_batch)]).to(device)
+        return rows
+
+    def step(
+        self, model: nn.Module, inputs: list[Tensor], *, weights: Tensor, optimizer: Optimizer, max_grad_norm: float
+    ) -> StepReport:
+        """A contrastive step; the logit scale stays within its bound."""
+        report = contrastive_step(
+            model,
+            PairBatch(*inputs),
+            weights=weights,
+            optimizer=optimizer,
+            objective=load_objective(self.objective),
+            max_grad_norm=max_grad_norm,
+            micro_batches=self.micro_batches,
+            autocast=autocast(self.network.log_scale.device, self.precision),
+        )
+        with torch.no_grad():
+            self.network.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        return report
+
+    def reference_loss(self, selected: Rows) -> float | None:
+        """The chosen rows' loss under the reference, from its embeddings."""
+        if not selected.keys() >= REFERENCE_COLUMNS:
+            return None
+        losses = blocked_pair_losses(
+            selected["reference_image_embedding"],
+            selected["reference_text_embedding"],
+            logit_scale=selected["reference_logit_scale"],
+            logit_bias=selected["reference_logit_bias"],
+            objective=self.objective,
+        )
+        return losses.mean().item()
+
+    def flops(self, block: Rows) -> RowFlops:
+        """Both towers'."""
+        first = block[self.images][:1], block["tokens"][:1]
+        towers = None if self.reference is None else self.reference.towers
+        return RowFlops(
+            learner=sum(tower_flops(self.network, *first)),
+            reference=0.0 if towers is None else sum(tower_flops(towers.network, *first)),
+        )

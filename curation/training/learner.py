@@ -1,0 +1,91 @@
+"""What a step needs of the model in training, whatever its objective: the columns it makes, its gradient, its cost.
+
+Two satisfy it: image–text models (`contrastive_learner`) and classifiers (`classifier_learner`).
+
+n rows of this rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from curation.models.clip import Precision
+from curation.selector import Rows
+from curation.training.collectives import ranks, sum_over_ranks
+from curation.training.step import NotFinite, StepReport
+
+LEARNER_COLUMNS = frozenset({"image_embedding", "text_embedding", "learner_loss"})
+"""Columns that cost a forward pass of the learner for each row of the super-batch."""
+REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
+
+
+class RowFlops(NamedTuple):
+    """Floating-point operations of one forward pass per row."""
+
+    learner: float
+    reference: float
+    """Of a reference that runs online; 0 where its columns are stored."""
+
+
+class Learner(Protocol):
+    """A model in training. All ranks call its methods together."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained, on its device."""
+        ...
+
+    @property
+    def saved(self) -> nn.Module:
+        """The module whose state is the checkpoint's."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Columns of a block that a training pass takes: those that travel when a row changes rank."""
+        ...
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """Names of columns that it cannot make, because there is no reference."""
+        ...
+
+    def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
+        """The columns and run values of `needs` that come from learner and reference, and what the log says of rows."""
+        ...
+
+    def step(
+        self, model: nn.Module, inputs: list[Tensor], *, weights: Tensor, optimizer: Optimizer, max_grad_norm: float
+    ) -> StepReport:
+        """A step on n rows; `model` is `network`, or wraps it. NotFinite before anything has changed."""
+        ...
+
+    def reference_loss(self, selected: Rows) -> float | None:
+        """Mean loss of the chosen rows under the reference, as a batch of their own; None if it cannot be told."""
+        ...
+
+    def flops(self, block: Rows) -> RowFlops:
+        """What a row costs."""
+        ...
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+    """bfloat16 where the precision says so; nothing otherwise."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def check_finite(values_nD: Tensor, *, what: str) -> None:
+    """NotFinite on every rank if any row's values are not finite: the run has diverged. Collective."""
+    bad = ~torch.isfinite(values_nD).flatten(1).all(dim=1)
+    if num_bad := int(sum_over_ranks(bad.sum())):
+        rows = bad.nonzero().flatten().tolist()
+        raise NotFinite(
+            f"the learner's {what} are not finite in rows {rows[:10]} of rank {ranks().rank}, "
+            f"and in {num_bad} of all ranks",
+            rows=rows,
+        )

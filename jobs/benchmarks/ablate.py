@@ -1,0 +1,194 @@
+"""`python -m jobs.benchmark ablate`: which parts of JEST its gain comes from (claims J-2, J-3 and J-4 of its paper).
+
+Three questions, on one of the race's pools with its reference. How many chunks does a selection need, and what does a
+larger filter ratio bring: sets chosen from 5,120 rows by a learner in the middle of a run, measured by what JEST
+maximises (their learnability), over 20 draws. And does joint selection beat independent selection of the same learner,
+reference and filter ratio: whole runs, over seeds, with paired differences.
+
+Learnability is normalised as in the paper's Figure 2: over chunks, one chunk is 0 and 32 are 1; over filter ratios, no
+selection is 0 and 0.5 is 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from curation.data import manifest, shard_list, tables
+from curation.distributed.columns import add_columns
+from curation.distributed.resources import cluster
+from curation.distributed.train import learner_url, train
+from curation.methods.jest import Jest
+from curation.recipe import Compute
+from curation.recipe.columns import EmbeddingsRecipe
+from curation.recipe.train import Weights
+from curation.selector import Rows
+from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.race import interval, show
+from jobs.benchmarks.tracks import FEATURES, REFERENCE, TRACKS, Track
+from jobs.demo_race import NUM_STEPS
+
+CHUNKS = (1, 2, 4, 8, 16, 32)
+FILTER_RATIOS = (0.5, 0.8, 0.9)
+DRAWS = 20
+SUPER_BATCH = 5_120
+ARMS: dict[str, dict[str, Any]] = {
+    "joint": {"name": "jest"},
+    "independent, top": {"name": "rho"},
+    "independent, sampled": {"name": "rho", "sampling": True},
+    "easy reference": {"name": "jest", "scoring": "easy_reference"},
+    "hard learner": {"name": "jest", "scoring": "hard_learner"},
+}
+RUN_FILTER_RATIOS = (0.8, 0.9)
+
+
+def benchmark(*, track: str, seeds: int, tiny: bool, folder: Path) -> dict[str, Any]:
+    """All figures; what is in `folder` already is not done again."""
+    if track == "demo":
+        raise ValueError("ablate runs on a pool of features: --track flickr8k or cifar10")
+    with cluster(num_cpus=2):
+        folder = folder / track
+        on = TRACKS[track](folder, tiny=tiny)
+        num_steps = 12 if tiny else NUM_STEPS
+        runs = _runs(on, folder, seeds=seeds, num_steps=num_steps)
+        rows = _rows_in_mid_run(on, folder, num_steps=num_steps)
+    sets = _sets(rows, draws=2 if tiny else DRAWS)
+    figures = {"sets": sets, "runs": runs}
+    _print(figures, on)
+    return {**provenance(), "benchmark": "ablate", "pool": on.about, "metric": on.metric, "seeds": seeds, **figures}
+
+
+def _rows_in_mid_run(on: Track, folder: Path, *, num_steps: int) -> Rows:
+    """A super-batch as a learner half-way through a JEST run sees it, beside the reference."""
+    recipe = on.run(folder / "half-way", method={"name": "jest"}, filter_ratio=0.8, num_steps=num_steps, seed=0)
+    # The first half of a whole run's schedule would be a run of its own; a whole run of half the steps is as late.
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"num_steps": max(1, num_steps // 2)})})
+    _done(recipe)
+    run = on.recipe.data.run
+    weights = Weights(model=on.recipe.learner.model, checkpoint=learner_url(recipe.output))
+    column = "halfway"
+    embeddings = EmbeddingsRecipe(
+        run=run, column=column, weights=weights, features=FEATURES, compute=Compute(device="cpu")
+    )
+    if failures := add_columns(embeddings).failures:
+        raise RuntimeError(failures[0])
+    return {
+        name: value[:SUPER_BATCH] if value.ndim else value
+        for prefix, piece in (("", column), ("reference_", REFERENCE))
+        for name, value in _columns(run, piece, prefix=prefix).items()
+    }
+
+
+def _columns(run: str, piece: str, *, prefix: str) -> Rows:
+    """A piece's embeddings of the pool's first shards, and its model's scale and bias."""
+    made = manifest.committed(run, tables.piece_stage(piece))
+    parts = []
+    for shard in shard_list.load(run)[: 1 + SUPER_BATCH // 1000]:
+        table = tables.read(run, shard.number, [f"{piece}.image_embedding", f"{piece}.text_embedding"])
+        parts.append(table.filter(table[0].is_valid()))
+    table = pa.concat_tables(parts)
+    values = made[0]["run_values"]
+    return {
+        **{
+            f"{prefix}{side}_embedding": torch.from_numpy(
+                np.array(tables.as_array(table[f"{piece}.{side}_embedding"], name=side))
+            )
+            for side in ("image", "text")
+        },
+        f"{prefix}logit_scale": torch.tensor(values["logit_scale"]),
+        f"{prefix}logit_bias": torch.tensor(values["logit_bias"]),
+    }
+
+
+def _sets(rows: Rows, *, draws: int) -> dict[str, Any]:
+    """Learnability of chosen sets: mean and standard deviation over draws."""
+    n = len(rows["image_embedding"])
+
+    def learnability(num_chunks: int, filter_ratio: float) -> list[float]:
+        jest, keep = Jest(num_chunks=num_chunks), round(n * (1 - filter_ratio))
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+        return [jest.set_score(rows, jest.select(rows, keep, 0.5, rng).indices) for rng in seeds]
+
+    jest, keep = Jest(), round(n * 0.2)
+    alone = jest.score(rows, 0.5)
+    at_random = [torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:keep] for seed in range(draws)]
+    best_alone = alone.topk(keep).indices
+    by_chunks = {chunks: learnability(chunks, 0.8) for chunks in CHUNKS}
+    by_ratio = {ratio: learnability(16, ratio) for ratio in FILTER_RATIOS}
+    nothing = statistics.fmean(jest.set_score(rows, chosen) for chosen in at_random)
+    means = {chunks: statistics.fmean(values) for chunks, values in by_chunks.items()}
+    ratios = {ratio: statistics.fmean(values) for ratio, values in by_ratio.items()}
+    half = jest.select(rows, round(n * 0.1), 0.5, torch.Generator().manual_seed(0)).indices
+    return {
+        "rows": n,
+        "logit_scale": rows["logit_scale"].item(),
+        "off_diagonal_share_of_the_logits_variance": jest.off_diagonal_share(rows, half),
+        "uniform": nothing,
+        "independent_sampled": means[1],
+        "independent_top": jest.set_score(rows, best_alone),
+        "joint": means[16],
+        "by_chunks": means,
+        "by_chunks_deviation": {chunks: statistics.pstdev(values) for chunks, values in by_chunks.items()},
+        "by_chunks_normalised": {c: (value - means[1]) / (means[32] - means[1]) for c, value in means.items()},
+        "by_filter_ratio": ratios,
+        "by_filter_ratio_normalised": {r: (v - nothing) / (ratios[0.5] - nothing) for r, v in ratios.items()},
+    }
+
+
+def _runs(on: Track, folder: Path, *, seeds: int, num_steps: int) -> dict[str, Any]:
+    """Each arm's last evaluation and the learnability of what it trained on, and the differences to joint selection."""
+    found: dict[str, Any] = {}
+    for ratio in RUN_FILTER_RATIOS:
+        ends: dict[str, list[float]] = {}
+        for name, method in {**ARMS, "uniform": {"name": "uniform"}}.items():
+            at = 0.0 if name == "uniform" else ratio
+            for seed in range(seeds):
+                output = folder / f"ablate-{name.replace(', ', '-').replace(' ', '-')}-{at}-{seed}"
+                recipe = on.run(output, method=method, filter_ratio=at, num_steps=num_steps, seed=seed)
+                ends.setdefault(name, []).append(_done(recipe)[on.metric].to_pylist()[-1])
+                trained = pq.read_table(output / "train" / "steps.parquet")
+                ends.setdefault(f"{name}: learnability", []).append(
+                    float(np.mean(trained["learnability"].to_numpy()[len(trained) // 2 :]))
+                )
+                ends.setdefault(f"{name}: mismatched", []).append(float(np.mean(trained["junk_share"].to_numpy())))
+        minus = {
+            name: interval([mine - theirs for mine, theirs in zip(ends["joint"], ends[name], strict=True)])
+            for name in (*ARMS, "uniform")
+            if name != "joint"
+        }
+        found[str(ratio)] = {"ends": {name: interval(values) for name, values in ends.items()}, "joint_minus": minus}
+    return found
+
+
+def _done(recipe: Any) -> pa.Table:
+    """The evaluations of a run; one that is done is not done again."""
+    if failures := train(recipe).failures:
+        raise RuntimeError(f"{recipe.name}: {failures[0]}")
+    return pq.read_table(Path(recipe.output) / "train" / "evaluations.parquet")
+
+
+def _print(figures: dict[str, Any], on: Track) -> None:
+    sets = figures["sets"]
+    print(f"\n{on.about}: {sets['rows']} rows, learner's scale {sets['logit_scale']:.1f}")
+    print(f"share of the logits' variance off the diagonal: {sets['off_diagonal_share_of_the_logits_variance']:.2f}")
+    print("learnability of sets, f = 0.8:")
+    for name in ("uniform", "independent_sampled", "independent_top", "joint"):
+        print(f"  {name:<22}{sets[name]:.3f}")
+    for what in ("by_chunks", "by_filter_ratio"):
+        told = ", ".join(f"{key}: {value:.2f}" for key, value in sets[f"{what}_normalised"].items())
+        print(f"  {what}, normalised: {told}")
+    for ratio, runs in figures["runs"].items():
+        print(f"held-out {on.metric} at f = {ratio}:")
+        for name in (*ARMS, "uniform"):
+            difference = runs["joint_minus"].get(name)
+            print(
+                f"  {name:<22}{show(runs['ends'][name])}   learnability {show(runs['ends'][f'{name}: learnability'])}"
+                f"   mismatched {show(runs['ends'][f'{name}: mismatched'])}"
+                + ("" if difference is None else f"   joint minus it {show(difference)}")
+            )
