@@ -26,8 +26,8 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Features (n, F), or uint8 pixels (n, S_h, S_w, 3), -> logits (n, C) float32."""
-        return self.head(self.tower(inputs)).float()
+        """Features (n, F) of any float dtype, or uint8 pixels (n, S_h, S_w, 3), -> logits (n, C) float32."""
+        return self.head(self.tower(inputs.float() if inputs.is_floating_point() else inputs)).float()
 
 
 class ImageTower(nn.Module):

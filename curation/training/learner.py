@@ -79,9 +79,9 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def check_finite(values_nD: Tensor, *, what: str) -> None:
+def check_finite(values_n: Tensor, *, what: str) -> None:
     """NotFinite on every rank if any row's values are not finite: the run has diverged. Collective."""
-    bad = ~torch.isfinite(values_nD).flatten(1).all(dim=1)
+    bad = ~torch.isfinite(values_n).reshape(len(values_n), -1).all(dim=1)
     if num_bad := int(sum_over_ranks(bad.sum())):
         rows = bad.nonzero().flatten().tolist()
         raise NotFinite(

@@ -1,0 +1,234 @@
+"""Later columns of a curated run: right, resumable, never at the price of embedding again; and what trains on them."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from curation.data import manifest, offered, tables
+from curation.data.manifest import OtherRun
+from curation.distributed import columns
+from curation.distributed.columns import ShardColumns, add_columns, checked
+from curation.distributed.feed import FeedSpec, ReadShare
+from curation.distributed.pipeline import curate
+from curation.distributed.train import check, train
+from curation.distributed.train_plan import checked as checked_training
+from curation.models.frozen import load_frozen
+from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe, Write
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
+from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
+from jobs import fit
+from tests.distributed.conftest import WriteShard
+
+CPU = Compute(device="cpu", actors=1)
+NET = Network(model="nano", seed=3)
+
+
+def features_recipe(run: Path, **fields: Any) -> FeaturesRecipe:
+    return FeaturesRecipe(run=str(run), column="net", network=NET, batch_size=16, compute=CPU, **fields)
+
+
+def embeddings_recipe(run: Path, **fields: Any) -> EmbeddingsRecipe:
+    return EmbeddingsRecipe(
+        run=str(run), **{"column": "same", "weights": Weights(model="nano", seed=7), "compute": CPU, **fields}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, write_shard: WriteShard) -> Path:
+    """A curated run of two shards, 50 rows of which 47 were embedded, with the columns `net` and `same`."""
+    root = tmp_path_factory.mktemp("columns")
+    for number, broken in enumerate(([3, 4], [0])):
+        fields = {"count": 25, "seed": number, "broken": broken, "fields": lambda row: {"label": "ab"[row % 2]}}
+        write_shard(root / "pool" / f"{number:05d}.tar", **fields)
+    recipe = CurateRecipe(
+        pool=Pool(shards=str(root / "pool")),
+        embed=Embed(model="nano", batch_size=32, seed=7),
+        compute=CPU,
+        write=Write(tars=False),
+        output=str(root / "run"),
+    )
+    assert not curate(recipe).failures
+    made = add_columns(features_recipe(root / "run"))
+    assert (made.shards, made.made_now, made.rows, made.missing, made.failures) == (2, 2, 47, 0, [])
+    assert add_columns(embeddings_recipe(root / "run", batch_size=32)).rows == 47
+    return root / "run"
+
+
+def test_features_are_the_frozen_networks_own_and_null_where_nothing_was_embedded(run: Path) -> None:
+    read = tables.read(str(run), 0, ["net", "status", "image_embedding"])
+    assert read["net"].is_valid().to_pylist() == [status == "ok" for status in read["status"].to_pylist()]
+    frozen = load_frozen("open_clip", "nano", seed=3)
+    with tarfile.open(run.parent / "pool" / "00000.tar") as tar:
+        image = tar.extractfile("000000000.jpg")
+        assert image is not None
+        expected = frozen.embed(frozen.resize(Image.open(image))[None])
+    np.testing.assert_allclose(np.array(read["net"][0].as_py()), expected[0], atol=2e-3)
+
+
+def test_embeddings_of_the_same_model_are_those_that_curate_made(run: Path) -> None:
+    for number in (0, 1):
+        read = tables.read(str(run), number, ["image_embedding", "text_embedding", "clip_score"])
+        same = tables.read(str(run), number, [f"same.{name}" for name in read.column_names])
+        for name in read.column_names:
+            assert same[f"same.{name}"].equals(read[name])
+    record = manifest.committed(str(run), "columns.same")[0]
+    embedded = manifest.committed(str(run), "embed")[0]
+    assert record["run_values"] == {name: embedded[name] for name in ("logit_scale", "logit_bias")}
+
+
+def test_what_is_made_is_not_made_again_and_nothing_is_embedded_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {
+        path: os.stat(path).st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lease.json"
+    }
+    monkeypatch.setattr(columns, "_pool", lambda todo, *_: iter([]) if not todo else pytest.fail(f"{todo} made again"))
+    again = add_columns(features_recipe(run))
+    assert (again.made_now, again.rows) == (0, 47)
+    assert {path: os.stat(path).st_mtime_ns for path in before} == before
+
+
+def test_another_network_under_the_same_name_is_refused(run: Path) -> None:
+    recipe = features_recipe(run).model_copy(update={"network": Network(model="nano", seed=4)})
+    with pytest.raises(OtherRun, match="the column 'net' of shard 0"):
+        add_columns(recipe)
+
+
+def test_a_shard_that_cannot_be_read_is_pending_and_its_neighbours_are_made(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = columns.ColumnsSpec(
+        recipe=features_recipe(run).model_copy(update={"column": "later"}),
+        rules=Pool().read_rules(),
+        precision="float32",
+        device="cpu",
+        num_features=None,
+        made_by={},
+    )
+    actor = ShardColumns(spec)
+    row = {"number": np.array([0]), "url": np.array([str(run / "nowhere.tar")]), "samples": np.array(["x"])}
+    [told] = actor(row)["record"]
+    assert '"pending": "FileNotFoundError' in told
+    assert manifest.committed(str(run), "columns.later") == {}
+
+
+def test_an_image_that_no_longer_decodes_has_no_value_and_is_counted(run: Path) -> None:
+    recipe = features_recipe(run, max_pixels=1).model_copy(update={"column": "tiny"})
+    made = add_columns(recipe)
+    assert (made.rows, made.missing) == (0, 47)
+    read = tables.read(str(run), 0, ["tiny"])["tiny"]
+    assert read.null_count == 25 and pa.types.is_fixed_size_list(read.type)
+
+
+def test_what_cannot_run_is_told_before_anything_starts(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run of jobs.curate"):
+        checked(features_recipe(tmp_path))
+    with pytest.raises(ValueError, match="a piece's name is letters"):
+        checked(features_recipe(run).model_copy(update={"column": "caption"}))
+    with pytest.raises(ValueError, match="has no column 'nothing'"):
+        add_columns(embeddings_recipe(run, column="other", features="nothing"))
+
+
+def training(run: Path, output: Path, **fields: Any) -> TrainRecipe:
+    settings = {"num_steps": 4, "sub_batch": 8, "filter_ratio": 0.5, "score_batch": 64, **fields.pop("train", {})}
+    return TrainRecipe(
+        data=fields.pop("data", Data(run=str(run), features="net", segment_rows=8)),
+        learner=fields.pop("learner", Weights(model="nano", seed=1)),
+        train=Train(**settings),
+        evaluate=fields.pop("evaluate", Evaluate(run=str(run))),
+        compute=Workers(device="cpu", max_failures=0),
+        output=str(output),
+        **fields,
+    )
+
+
+def test_a_learner_on_features_trains_without_opening_a_tar(run: Path, tmp_path: Path) -> None:
+    recipe = training(run, tmp_path / "out", reference=Reference(columns="same"))
+    plan = checked_training(recipe)
+    assert plan.num_features == 96 and ("same.image_embedding", "reference_image_embedding") in plan.columns
+    pool = run.parent / "pool"
+    pool.rename(run.parent / "gone")
+    try:
+        summary = train(recipe)
+    finally:
+        (run.parent / "gone").rename(pool)
+    assert summary.failures == [] and 0 <= summary.last["mean_r1"] <= 1 and summary.samples_trained == 32
+
+
+def test_a_classifier_learns_the_pools_labels(run: Path, tmp_path: Path) -> None:
+    recipe = training(
+        run,
+        tmp_path / "out",
+        data=Data(run=str(run), features="net", label="json.label", segment_rows=8),
+        learner=Weights(model="linear"),
+        method={"name": "uniform"},
+        train={"objective": "cross_entropy", "filter_ratio": 0.0},
+    )
+    assert checked_training(recipe).classes == ("a", "b")
+    summary = train(recipe)
+    assert summary.failures == [] and 0 <= summary.last["accuracy"] <= 1
+    state = torch.load(summary.weights, weights_only=True)
+    assert state["head.weight"].shape == (2, 96)
+
+
+def test_labels_and_features_are_read_row_by_row(run: Path) -> None:
+    shard = offered.offered_shards(str(run), manifest.committed(str(run), "embed"))[0]
+    spec = FeedSpec(
+        run=str(run),
+        model="linear",
+        pretrained=None,
+        features="net",
+        label="json.label",
+        classes=("a", "b"),
+        columns=(("clip_score", "clip_score"),),
+        max_pixels=1,
+        rules=Pool().read_rules(),
+        decode_threads=1,
+    )
+    rows = shard.row_numbers(1, 6)
+    assert rows.tolist() == [1, 2, 5, 6, 7, 8]
+    planned = pa.table({"step": [0], "number": [[0]], "url": [["nowhere"]], "rows": [[rows]]})
+    block = ReadShare(spec)(planned)
+    table = tables.read(str(run), 0, ["net", "clip_score"]).take(pa.array(rows))
+    assert block["label"].tolist() == [row % 2 for row in rows] and block["ok"].all()
+    assert np.array_equal(block["features"], np.array(table["net"].to_pylist(), np.float16))
+    assert np.array_equal(block["clip_score"], table["clip_score"].to_numpy())
+
+
+def test_a_missing_column_is_told_with_the_command_that_makes_it(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="python -m jobs.fit features RECIPE --run .* --column nets"):
+        check(training(run, tmp_path, data=Data(run=str(run), features="nets")))
+    with pytest.raises(ValueError, match="python -m jobs.fit embeddings RECIPE --run .* --column nets"):
+        check(training(run, tmp_path, reference=Reference(columns="nets")))
+    with pytest.raises(ValueError, match="47 samples|samples of .* have no json.species"):
+        check(
+            training(
+                run,
+                tmp_path,
+                data=Data(run=str(run), features="net", label="json.species"),
+                learner=Weights(model="linear"),
+                method={"name": "uniform"},
+                train={"objective": "cross_entropy"},
+            )
+        )
+
+
+def test_the_command_makes_columns_and_says_what_it_did(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert fit.main(["features", "debug", "--run", str(run), "--column", "net", "--dry-run"]) == 0
+    settings = ["--network.seed", "3", "--batch-size", "16", "--compute.actors", "1"]
+    assert fit.main(["features", "debug", "--run", str(run), "--column", "net", *settings]) == 0
+    assert "47 rows in 2 shards, 0 of them made now" in capsys.readouterr().out
+    assert fit.main(["embeddings", "debug", "--run", str(tmp_path), "--column", "net"]) == 2
+    assert "is no run of jobs.curate" in capsys.readouterr().err
+    assert fit.main(["nothing"]) == 2
