@@ -88,9 +88,9 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
     # 8/3 of JEST's steps pay its scoring; the reference and its cache come on top.
     assert steps["uniform equal flops"] > 8 / 3 * steps["jest"]
     assert all(0 <= figures["end"][name]["mean"] <= 1 for name in steps)
-    assert (tmp_path / "race" / "race.png").exists()
+    assert (tmp_path / "race" / "demo" / "race.png").exists()
 
 
 def test_an_interval_is_students_and_a_single_seed_has_none() -> None:
-    assert race._interval([1.0, 2.0, 3.0])["half_width"] == pytest.approx(4.303 / 3**0.5)
-    assert race._interval([5.0]) == {"mean": 5.0, "half_width": None, "values": [5.0]}
+    assert race.interval([1.0, 2.0, 3.0])["half_width"] == pytest.approx(4.303 / 3**0.5)
+    assert race.interval([5.0]) == {"mean": 5.0, "half_width": None, "values": [5.0]}
