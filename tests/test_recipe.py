@@ -157,7 +157,10 @@ class TestSteps:
         [
             ({"column": "width"}, "threshold on 'width' needs at_least or at_most"),
             ({"column": "width", "at_least": 2, "at_most": 1}, r"at_least must not exceed at_most, got 2\.0 > 1\.0"),
-            ({"column": "uid", "at_least": 0}, "column must be clip_score, width, height or json.NAME, got 'uid'"),
+            (
+                {"column": "uid", "at_least": 0},
+                "column must be clip_score, width, height, json.NAME or PIECE.COLUMN, got 'uid'",
+            ),
             ({"column": "width", "at_least": math.nan}, "at_least"),
             ({"column": "width", "at_least": 0, "nulls": "zero"}, "nulls"),
             ({"column": "width", "at_least": 0, "keep": 1}, "keep"),

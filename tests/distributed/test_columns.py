@@ -19,10 +19,11 @@ from curation.distributed import columns
 from curation.distributed.columns import ShardColumns, add_columns, checked
 from curation.distributed.feed import FeedSpec, ReadShare
 from curation.distributed.pipeline import curate
+from curation.distributed.select import select
 from curation.distributed.train import check, train
 from curation.distributed.train_plan import checked as checked_training
 from curation.models.frozen import load_frozen
-from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe, Write
+from curation.recipe import Compute, CurateRecipe, Embed, Pool, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
 from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
 from jobs import fit
@@ -101,6 +102,15 @@ def test_another_network_under_the_same_name_is_refused(run: Path) -> None:
     recipe = features_recipe(run).model_copy(update={"network": Network(model="nano", seed=4)})
     with pytest.raises(OtherRun, match="the column 'net' of shard 0"):
         add_columns(recipe)
+
+
+def test_a_selection_may_use_later_columns(run: Path) -> None:
+    scores = np.concatenate([tables.read(str(run), n, ["same.clip_score"])[0].drop_null().to_numpy() for n in (0, 1)])
+    steps = [Threshold(column="same.clip_score", at_least=float(np.sort(scores)[-10]))]
+    selected = select(str(run), [0, 1], embedded=47, steps=steps, seed=0)
+    assert selected.rows == 10
+    with pytest.raises(ValueError, match="nothing.clip_score"):
+        select(str(run), [0, 1], embedded=47, steps=[Threshold(column="nothing.clip_score", at_least=0)], seed=0)
 
 
 def test_a_shard_that_cannot_be_read_is_pending_and_its_neighbours_are_made(
