@@ -35,6 +35,7 @@ MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
     "clip_score": lambda n, rng: (torch.rand(n, generator=rng) * 2 - 1).mul(8).round().div(8),
     "learner_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
     "reference_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
+    "mimic_score": lambda n, rng: torch.randn(n, generator=rng).mul(4).round().div(4),
     "image_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "text_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "reference_image_embedding": lambda n, rng: unit_rows(n, rng, width=12),

@@ -45,6 +45,7 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
             network=_classifier(spec, recipe.learner).to(device),
             reference=None if reference is None else _classifier(spec, reference).to(device).eval(),
             images=images,
+            mimic_layer=train.mimic_layer,
             score_batch=train.score_batch,
             precision=spec.precision,
         )

@@ -25,7 +25,7 @@ from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS
 
 MADE_HERE = frozenset(
     {"address", "uid", "ok", "logit_scale", "logit_bias", "reference_logit_scale", "reference_logit_bias", "round"}
-    | {"reference_loss"}
+    | {"reference_loss", "mimic_score"}
     | LEARNER_COLUMNS
     | REFERENCE_COLUMNS
     | LEDGER_COLUMNS

@@ -27,7 +27,11 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Features (n, F) of any float dtype, or uint8 pixels (n, S_h, S_w, 3), -> logits (n, C) float32."""
-        return self.head(self.tower(inputs.float() if inputs.is_floating_point() else inputs)).float()
+        return self.head(self.seen_by_head(inputs)).float()
+
+    def seen_by_head(self, inputs: Tensor) -> Tensor:
+        """What the head is given, (n, F)."""
+        return self.tower(inputs.float() if inputs.is_floating_point() else inputs)
 
 
 class ImageTower(nn.Module):

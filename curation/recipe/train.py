@@ -85,6 +85,9 @@ class Train(Part):
     """Parts in which a worker's share of the sub-batch is differentiated; the loss still sees the whole sub-batch."""
     objective: Literal["sigmoid", "softmax", "cross_entropy"] = "sigmoid"
     """sigmoid (SigLIP) and softmax (CLIP) learn from pairs, cross_entropy from labels."""
+    mimic_layer: str = "head.weight"
+    """For grad_mimic: the classifier's parameter or module whose gradients are compared with the way to the
+    reference's weights; empty for the whole network."""
     learning_rate: float = Field(default=1e-3, gt=0)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)

@@ -1,6 +1,10 @@
 """A classifier in training, and the fixed reference of the same build that it may be compared with.
 
-n rows of this rank, C classes.
+For Grad-Mimic the reference is where the weights should go: each row's mimic score is made here, in closed form where
+the mimic layer is the head's weight, by one forward-mode pass for any other. The way there is computed anew at each
+step: a stale one would point back once the weights have passed.
+
+n rows of this rank, F features that the head sees, C classes.
 """
 
 from __future__ import annotations
@@ -9,11 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from curation.models.classifier import Classifier
 from curation.models.clip import Precision
+from curation.numerics.gradients import head_projection, projection, towards
 from curation.selector import Rows
 from curation.training.flops import forward_flops
 from curation.training.learner import RowFlops, autocast, check_finite
@@ -27,6 +34,9 @@ class ClassifierLearner:
     network: Classifier
     reference: Classifier | None = None
     images: str = "features"
+    mimic_layer: str = "head.weight"
+    """Name of the parameter, or of the module, whose gradients are compared with the way to the reference's weights;
+    empty for the whole network."""
     score_batch: int = 1024
     precision: Precision = "float32"
 
@@ -44,17 +54,65 @@ class ClassifierLearner:
     def lacks(self) -> frozenset[str]:
         """Embeddings, which no classifier has, and the reference's loss if there is no reference."""
         absent = {"image_embedding", "text_embedding", "reference_image_embedding", "reference_text_embedding"}
-        return frozenset(absent | ({"reference_loss"} if self.reference is None else set()))
+        return frozenset(absent | ({"reference_loss", "mimic_score"} if self.reference is None else set()))
 
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
-        """Each row's cross-entropy under the learner and under the reference, if the method asks for it."""
+        """Each row's cross-entropy under learner and reference, and its mimic score, if the method asks for them."""
         rows: Rows = {}
         if "learner_loss" in needs:
             rows["learner_loss"] = self._losses(self.network, block)
             check_finite(rows["learner_loss"], what="losses")
         if "reference_loss" in needs and self.reference is not None:
             rows["reference_loss"] = self._losses(self.reference, block)
+        if "mimic_score" in needs:
+            rows["mimic_score"] = self.mimic_scores(block)
+            check_finite(rows["mimic_score"], what="mimic scores")
         return rows
+
+    def mimic_scores(self, block: Rows) -> Tensor:
+        """-d loss / d eps along the unit direction to the reference's weights, (n,) float32; 0 where they are reached.
+
+        grad_mimic.md, section 3. ValueError if there is no such layer, or it has another shape in the reference.
+        """
+        assert self.reference is not None
+        weights = self._layer(self.network)
+        direction, _ = towards(weights, self._layer(self.reference))
+        device = self.network.head.weight.device
+        scores = []
+        for images, labels in zip(*(block[name].split(self.score_batch) for name in self.inputs), strict=True):
+            here = images.to(device), labels.to(device)
+            if self.mimic_layer == "head.weight":
+                scores.append(self._head_scores(*here, direction["head.weight"]))
+            else:
+                scores.append(self._layer_scores(*here, weights, direction))
+        return torch.cat(scores).detach()
+
+    @torch.no_grad()
+    def _head_scores(self, images: Tensor, labels: Tensor, direction_CF: Tensor) -> Tensor:
+        features = self.network.seen_by_head(images)
+        return head_projection(features, self.network.head(features), labels, direction_CF)
+
+    def _layer_scores(
+        self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], direction: dict[str, Tensor]
+    ) -> Tensor:
+        def losses_of(layer: dict[str, Tensor]) -> Tensor:
+            logits = functional_call(self.network, layer, (images,))
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        # The fused attention kernels have no forward derivative.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            return projection(losses_of, weights, direction)[1]
+
+    def _layer(self, network: Classifier) -> dict[str, Tensor]:
+        inside = f"{self.mimic_layer}." if self.mimic_layer else ""
+        layer = {
+            name: value.detach()
+            for name, value in network.named_parameters()
+            if name == self.mimic_layer or name.startswith(inside)
+        }
+        if not layer:
+            raise ValueError(f"no parameter is in mimic_layer {self.mimic_layer!r} of {type(network.tower).__name__}")
+        return layer
 
     @torch.no_grad()
     def _losses(self, network: Classifier, block: Rows) -> Tensor:

@@ -55,10 +55,10 @@ class ContrastiveLearner:
 
     @property
     def lacks(self) -> frozenset[str]:
-        """The reference's columns, if there is no reference."""
+        """The mimic score, which only classifiers make; the reference's columns, if there is no reference."""
         if self.reference is not None:
-            return frozenset()
-        return REFERENCE_COLUMNS | {"reference_logit_scale", "reference_logit_bias", "reference_loss"}
+            return frozenset({"mimic_score"})
+        return REFERENCE_COLUMNS | {"mimic_score", "reference_logit_scale", "reference_logit_bias", "reference_loss"}
 
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
         """Embeddings, scale and bias of the learner if the method asks for them; the reference's in any case."""

@@ -19,7 +19,7 @@ from curation.selector import Rows
 from curation.training.collectives import ranks, sum_over_ranks
 from curation.training.step import NotFinite, StepReport
 
-LEARNER_COLUMNS = frozenset({"image_embedding", "text_embedding", "learner_loss"})
+LEARNER_COLUMNS = frozenset({"image_embedding", "text_embedding", "learner_loss", "mimic_score"})
 """Columns that cost a forward pass of the learner for each row of the super-batch."""
 REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
 
