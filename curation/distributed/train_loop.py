@@ -286,7 +286,7 @@ class _Worker:
         """Floating-point operations of a step over all ranks: scoring, an online reference, and training."""
         if self._flops_per_step is None:
             train, trainer = self._spec.recipe.train, self._trainer
-            per_row = trainer.learner.flops(rows)
+            per_row = trainer.learner.flops(rows, self._spec.recipe.selector().needs)
             scoring = per_row.learner if trainer.scores_learner else 0.0
             again = 1.0 if train.micro_batches > 1 else 0.0
             training = train.sub_batch * per_row.learner * (TRAINING_PASS + again)

@@ -144,8 +144,11 @@ class ClassifierLearner:
         """Mean of the chosen rows' losses under the reference, where the method asked for them."""
         return selected["reference_loss"].mean().item() if "reference_loss" in selected else None
 
-    def flops(self, block: Rows) -> RowFlops:
-        """The whole classifier's."""
+    def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
+        """The whole classifier's; the reference's only where its loss is needed: a mimic score takes its weights."""
         first = block[self.images][:1]
-        reference = 0.0 if self.reference is None else float(forward_flops(self.reference, first))
-        return RowFlops(learner=float(forward_flops(self.network, first)), reference=reference)
+        is_run = self.reference is not None and "reference_loss" in needs
+        return RowFlops(
+            learner=float(forward_flops(self.network, first)),
+            reference=float(forward_flops(self.reference, first)) if is_run and self.reference else 0.0,
+        )

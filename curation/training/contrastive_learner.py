@@ -135,7 +135,7 @@ class ContrastiveLearner:
         )
         return losses.mean().item()
 
-    def flops(self, block: Rows) -> RowFlops:
+    def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
         """Both towers'."""
         first = block[self.images][:1], block["tokens"][:1]
         towers = None if self.reference is None else self.reference.towers

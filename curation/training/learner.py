@@ -69,8 +69,8 @@ class Learner(Protocol):
         """Mean loss of the chosen rows under the reference, as a batch of their own; None if it cannot be told."""
         ...
 
-    def flops(self, block: Rows) -> RowFlops:
-        """What a row costs."""
+    def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
+        """What a row costs when a method needs these columns."""
         ...
 
 

@@ -174,13 +174,15 @@ def test_a_learner_on_features_trains_without_opening_a_tar(run: Path, tmp_path:
     assert summary.failures == [] and 0 <= summary.last["mean_r1"] <= 1 and summary.samples_trained == 32
 
 
-def test_a_classifier_learns_the_pools_labels(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["uniform", "grad_mimic"])
+def test_a_classifier_learns_the_pools_labels(run: Path, tmp_path: Path, method: str) -> None:
     recipe = training(
         run,
         tmp_path / "out",
+        reference=Reference(weights=Weights(model="linear", seed=5)),
         data=Data(run=str(run), features="net", label="json.label", segment_rows=8),
         learner=Weights(model="linear"),
-        method={"name": "uniform"},
+        method={"name": method},
         train={"objective": "cross_entropy", "filter_ratio": 0.0},
     )
     assert checked_training(recipe).classes == ("a", "b")

@@ -99,7 +99,8 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 
 def test_flops_of_a_linear_head_are_two_per_weight() -> None:
     learner = learner_of(reference=True)
-    assert learner.flops(block_of(3)) == (2 * 6 * 2, 2 * 6 * 2)
+    assert learner.flops(block_of(3), frozenset({"learner_loss", "reference_loss"})) == (2 * 6 * 2, 2 * 6 * 2)
+    assert learner.flops(block_of(3), frozenset({"mimic_score"})) == (2 * 6 * 2, 0)
 
 
 def test_a_classifier_is_a_head_on_features_or_on_an_image_tower(tmp_path) -> None:
