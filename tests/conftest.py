@@ -1,4 +1,4 @@
-"""Where the real data is, a clear word on what could not be run without it, and an object store that fails on demand."""
+"""Where the real data is, a clear word on what was not run without it, and an object store that fails on demand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def real_data(pytestconfig: pytest.Config) -> Path:
 
 
 class Request(NamedTuple):
-    """A request that the object store got: method, key below the bucket (empty for a listing), how many like it came."""
+    """A request that the object store got: method, key (empty for a listing), the how manieth with these two it is."""
 
     method: str
     key: str

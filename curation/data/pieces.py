@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 
 class Pieces(Mapping[int, Record]):
-    """Shard number -> record. `loose` are those that the index lacks: number -> fingerprint of the manifest, if known."""
+    """Shard number -> record. `loose`: those that the index lacks, with the fingerprint of the manifest if known."""
 
     def __init__(self, other: Pieces | None = None):
         self._texts: dict[int, tuple[str, str]] = dict(other._texts) if other else {}
@@ -75,7 +75,7 @@ class Pieces(Mapping[int, Record]):
         return {number: self[number] for number in firsts.values()}
 
     def read_index(self, output: str, stage: str, *, fingerprints: Mapping[int, str]) -> None:
-        """Take in what the index knows of the manifests with these fingerprints. ValueError if it is damaged or newer."""
+        """Take in what the index knows of manifests with these fingerprints. ValueError if it is damaged or newer."""
         folder = _folder(output, stage)
         for name in storage.names_in(folder):
             for number, fingerprint, run, text in _entries(storage.join(folder, name)):

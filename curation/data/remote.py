@@ -1,4 +1,4 @@
-"""Calls to a store that fails now and then: made again with back-off, and half an answer is never taken for a whole one.
+"""Calls to a store that fails now and then: made again with back-off, and half an answer is never taken for a whole.
 
 What a store's client raises (503, time-outs, expired credentials, a connection that was cut, XML that ends in the
 middle) is as a rule worth another attempt, and is an OSError here in the end, whatever its class was: callers leave a

@@ -124,7 +124,7 @@ def folders_in(folder: str) -> list[str]:
 
 
 def fingerprints_in(folder: str) -> dict[str, str]:
-    """Name -> fingerprint of the files in a folder; empty if there is no such folder. One listing, no request a file."""
+    """Name -> fingerprint of the files in a folder, empty if there is none: one listing, not a request for each."""
     fs, path = _resolve(folder)
     if not isinstance(fs, LocalFileSystem):
         return {_name(info["name"]): _fingerprint_of(info) for info in _ls(fs, path) if info["type"] == "file"}

@@ -25,7 +25,7 @@ from curation.distributed.resources import Placement, cluster
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
 from jobs.benchmarks.pairs import provenance
 
-SHARDS, WAVE = 600_000, 2000
+SHARDS, WAVE, ROWS = 600_000, 2000, 10_000
 TARGET_SECONDS, TARGET_GIB = 300, 4
 MADE_BY = {f"embed.field_{place}": "a value of some length" for place in range(20)}
 """As many fields as decide what an embedding is."""
@@ -72,10 +72,22 @@ def commit_all(root: Path, numbers: range) -> None:
     for number in numbers:
         shard = known[number]
         record = {
-            **{"format_version": FORMAT_VERSION, "key": key, "made_by": MADE_BY, "shard": number, "url": shard.url},
-            **{"fingerprint": shard.fingerprint, "sha256": f"{number:064x}", "bytes": 0, "read": 10_000},
-            **{"embedded": 9_990, "dropped": {"image:decode_failed": 10}, "decoded": 10_000, "warnings": {}},
-            **{"batch_size": 256, "logit_scale": 100.0, "logit_bias": 0.0},
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "made_by": MADE_BY,
+            "shard": number,
+            "url": shard.url,
+            "fingerprint": shard.fingerprint,
+            "sha256": f"{number:064x}",
+            "bytes": 0,
+            "read": ROWS,
+            "embedded": ROWS - 10,
+            "dropped": {"image:decode_failed": 10},
+            "decoded": ROWS,
+            "warnings": {},
+            "batch_size": 256,
+            "logit_scale": 100.0,
+            "logit_bias": 0.0,
             "seconds": {"wait": 1.2345, "decode": 98.7654, "forward": 12.3456, "write": 0.1234},
         }
         path = Path(manifest.url_of(str(root / "out"), STAGE, number))
@@ -113,7 +125,7 @@ def _resume(root: Path) -> dict[str, Any]:
     pieces = Pieces(plan.committed)
     manifest.index(recipe.output, STAGE, pieces)
     read = sum(pieces[shard.number]["read"] for shard in plan.pool if shard.number in pieces)
-    assert read == 10_000 * len(pieces)
+    assert read == ROWS * len(pieces)
     return {"todo": len(plan.todo)}
 
 
