@@ -107,15 +107,14 @@ class _RangedFile(io.RawIOBase):
 
     def __init__(self, fs: AbstractFileSystem, path: str):
         self._fs, self._path = fs, path
-        self._file: Any = None
         self._info: dict[str, Any] = {}
-        attempt(self._open)
+        self._file: Any = attempt(self._open)
         self._size = int(self._info["size"])
         self._position = 0
         self._held, self._held_at = b"", 0
         self._ahead = 0
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         # Caches of the client's own would fetch what nobody asked for; plain file systems have none.
         options = {"cache_type": "none"} if isinstance(self._fs, AsyncFileSystem) else {}
         file = self._fs.open(self._path, "rb", **options)
@@ -124,7 +123,8 @@ class _RangedFile(io.RawIOBase):
         marks = [(now.get("size"), now.get("ETag") or now.get("etag")) for now in (self._info or info, info)]
         if marks[0] != marks[1]:
             raise ChangedWhileRead(f"{self._path} changed while it was read")
-        self._file, self._info = file, info
+        self._info = info
+        return file
 
     def readable(self) -> bool:
         return True
@@ -169,9 +169,7 @@ class _RangedFile(io.RawIOBase):
         self._held_at = start
 
     def _range(self, start: int, stop: int) -> bytes:
-        if self._file is None:
-            self._open()
-        file, self._file = self._file, None  # after a failure it is opened anew
+        file, self._file = self._file or self._open(), None  # after a failure it is opened anew
         file.seek(start)
         data = file.read(stop - start)
         if len(data) != stop - start:

@@ -7,6 +7,7 @@ names the field, and the command that mends it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ def check_piece(run: str, piece: str, records: dict[int, dict], *, command: str)
 
 
 def _cached_reference(
-    recipe: TrainRecipe, curated: dict[str, Any], records: dict[int, dict], shards: list[OfferedShard]
+    recipe: TrainRecipe, curated: dict[str, Any], records: Mapping[int, dict], shards: list[OfferedShard]
 ) -> tuple[float | None, float | None]:
     """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
     if recipe.reference.online or recipe.is_classifier:
