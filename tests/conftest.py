@@ -94,10 +94,6 @@ class ObjectStore:
         self.faults.clear()
         self._seen.clear()
 
-    def environment(self) -> dict[str, str]:
-        """Variables by which another process finds the store, as fsspec reads them."""
-        return {"FSSPEC_S3": json.dumps(self.options)}
-
     def close(self) -> None:
         self._server.shutdown()
 
@@ -134,13 +130,14 @@ class ObjectStore:
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[ObjectStore]:
-    """An S3 server that fsspec's own settings lead to."""
+    """An S3 server that fsspec's own settings lead to, here and in processes that are begun later."""
     store = ObjectStore()
     fsspec.config.conf["s3"] = store.options
+    os.environ["FSSPEC_S3"] = json.dumps(store.options)
     patience, s3fs.S3FileSystem.retries = s3fs.S3FileSystem.retries, 1
     yield store
     s3fs.S3FileSystem.retries = patience
-    del fsspec.config.conf["s3"]
+    del fsspec.config.conf["s3"], os.environ["FSSPEC_S3"]
     store.close()
 
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 READ_THREADS = 16
 READ_AT_A_TIME = 10_000
+ASKED_IN_A_ROW = 16
+"""By one thread: on a disk, handing over each manifest singly would cost more than reading it."""
 MIN_INDEXED = 1000
 """Fewer manifests than this are opened one by one: a segment of the index for each small run would cost more."""
 _NAME = re.compile(r"\d{8,}\.json")
@@ -94,8 +96,9 @@ def index(output: str, stage: str, pieces: Pieces) -> None:
 
 def _each(ask: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
     """`ask` of each number, by threads: most of the time is spent waiting for the store."""
+    runs = [numbers[at : at + ASKED_IN_A_ROW] for at in range(0, len(numbers), ASKED_IN_A_ROW)]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(ask, numbers))
+        return [answer for answers in pool.map(lambda run: list(map(ask, run)), runs) for answer in answers]
 
 
 def read(url: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ CHANGE_MARKS = (
     "created",
 )
 """What stores call that which changes with a file, the most telling first."""
+_DISK = LocalFileSystem()
 _ROOT = re.compile(r"[A-Za-z0-9+.-]+://+")
 
 
@@ -224,7 +225,7 @@ def list_shards(patterns: str) -> list[ListedShard]:
 def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
     """The store that a URL names, and the path there. ValueError as `absolute` has it."""
     if url.startswith("/"):  # "::" or "://" in a local name must not send fsspec elsewhere
-        return LocalFileSystem(), os.path.abspath("/" + url.lstrip("/"))
+        return _DISK, os.path.abspath("/" + url.lstrip("/"))
     if "::" in url:
         raise ValueError(f"{url!r} holds '::', which joins the patterns of a pool; a single URL cannot have it")
     try:

@@ -8,6 +8,7 @@ is its own. The last figure is a short wave through Ray, of shards that are comm
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,12 +50,14 @@ def benchmark(*, tiny: bool) -> dict[str, Any]:
     assert todo == [shards, shards // 2, 0, 0, 1], f"shards to do are {todo}"
     print(f"{shards:,} shards, listed, planned and resumed (target {TARGET_SECONDS} s and {TARGET_GIB} GiB)")
     for name, start in starts.items():
-        print(f"  {name:<38} {start['seconds']:7.1f} s {start['peak_mib']:8,.0f} MiB  {start['todo']:>9,} to do")
+        print(f"  {name:<38} {start['seconds']:7.1f} s ({start['cpu_seconds']:.1f} s of a core)", end="")
+        print(f" {start['peak_mib']:8,.0f} MiB  {start['todo']:>9,} to do")
     print(f"  one wave of {wave:,} through Ray            {through_ray['seconds']:7.1f} s", end="")
     print(f" {through_ray['peak_mib']:8,.0f} MiB  first answer after {through_ray['first_s']:.1f} s")
     met = all(start["seconds"] < TARGET_SECONDS and start["peak_mib"] < 1024 * TARGET_GIB for start in starts.values())
     print(f"target {'met' if met else 'MISSED'}")
-    return {**provenance(), "benchmark": "plan", "shards": shards, "starts": starts, "wave": through_ray, "met": met}
+    figures = {"shards": shards, "starts": starts, "wave": through_ray, "met": met}
+    return {**provenance(), "benchmark": "plan", "load": os.getloadavg(), **figures}
 
 
 def make_pool(root: Path, shards: int) -> None:
@@ -163,9 +166,10 @@ def main(side: str, root: Path, count: int) -> None:
         "resume": lambda: _resume(root),
         "wave": lambda: _wave(root, count),
     }
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     told = sides[side]()
-    print(json.dumps({**told, "seconds": time.perf_counter() - begun, "peak_mib": _peak_mib()}))
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
+    print(json.dumps({**told, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": _peak_mib()}))
 
 
 def _peak_mib() -> float:
