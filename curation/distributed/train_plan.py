@@ -122,7 +122,7 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     return (*own, *((f"{prefix}{side}_embedding", f"reference_{side}_embedding") for side in ("image", "text")))
 
 
-def _num_features(recipe: TrainRecipe, records: dict[int, dict], shards: list[OfferedShard]) -> int:
+def _num_features(recipe: TrainRecipe, records: Mapping[int, dict], shards: list[OfferedShard]) -> int:
     """Width of the features that the learner begins at. ValueError if a shard lacks them."""
     features = str(recipe.data.features)
     if features not in ("image_embedding", "text_embedding"):
@@ -145,7 +145,7 @@ def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]
     return tuple(sorted(found))
 
 
-def check_piece(run: str, piece: str, records: dict[int, dict], *, command: str) -> dict[int, dict]:
+def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: str) -> Mapping[int, dict]:
     """The manifests of a piece that is there for every shard, as it is now. ValueError, with what makes it, if not."""
     made = manifest.committed(run, tables.piece_stage(piece))
     stale = [number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]]
