@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from curation.data import manifest, storage, tables
+from curation.data.rows import read_rows
 from curation.data.shards import ReadRules
 from curation.distributed.embed import EmbedSpec, ShardEmbed
 from curation.distributed.pipeline import curate
@@ -77,6 +78,12 @@ def test_a_store_that_fails_for_a_while_costs_no_sample_and_one_that_stays_down_
     assert record["sha256"] == hashlib.sha256(big_shard).hexdigest() and object_store.faults[fault]
     object_store.heal()
     assert manifest.committed(out, "embed")[0]["read"] == 400 == tables.read(out, 0, ["uid"]).num_rows
+
+    # What training reads of a pool in a bucket: rows of the table, and their bytes, here up to the end of the tar.
+    object_store.fault = lambda request: fault if request.nth == 1 else None
+    rows = read_rows(out, 0, url, np.arange(380, 400), ["uid"], rules=ReadRules())
+    assert [row.place for row in rows.images] == list(range(20)) and rows.columns.num_rows == 20
+    assert object_store.faults[fault]
 
 
 def test_a_table_that_the_store_refuses_leaves_the_shard_pending_and_uncommitted(
