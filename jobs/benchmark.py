@@ -4,6 +4,7 @@
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
+    plan     600,000 shards listed, planned and resumed: seconds and memory
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import ablate, embed, feed, ledger, ledger_actors, race, select
+from jobs.benchmarks import ablate, embed, feed, ledger, ledger_actors, plan, race, select
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.tracks import TRACKS
 
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
+    "plan": lambda given: plan.benchmark(tiny=given.tiny),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
 }

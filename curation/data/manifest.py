@@ -3,7 +3,8 @@
 `OUTPUT/manifest/STAGE/NNNNNNNN.json` exists if and only if the piece is whole, so what was committed is never redone
 and what was not is redone whole: a file without a manifest is garbage that the next attempt overwrites. A manifest
 bears the digest of all that can change the piece's bytes (its key); a manifest with another key belongs to another run
-and is an error that says what differs, never silently mixed in or overwritten.
+and is an error that says what differs, never silently mixed in or overwritten. An index (pieces.py) spares a run from
+opening them one by one.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from curation.columns import FORMAT_VERSION
 from curation.data import storage
+from curation.data.pieces import Pieces
+
+T = TypeVar("T")
 
 READ_THREADS = 16
+READ_AT_A_TIME = 10_000
+ASKED_IN_A_ROW = 16
+"""By one thread: on a disk, handing over each manifest singly would cost more than reading it."""
+MIN_INDEXED = 1000
+"""Fewer manifests than this are opened one by one: a segment of the index for each small run would cost more."""
 _NAME = re.compile(r"\d{8,}\.json")
 
 
@@ -57,16 +66,39 @@ def find(output: str, stage: str, number: int, *, made_by: Mapping[str, Any]) ->
     return record if record["key"] == digest(made_by) else None
 
 
-def committed(output: str, stage: str) -> dict[int, dict[str, Any]]:
+def committed(output: str, stage: str) -> Pieces:
     """The records of all committed pieces of a stage, by shard number. ValueError on a newer format, or a damaged file.
 
     Names that no piece has, such as temporary ones of a killed writer, are not looked at.
     """
     folder = storage.join(output, "manifest", stage)
-    names = [name for name in storage.names_in(folder) if _NAME.fullmatch(name)]
+    listed = storage.fingerprints_in(folder)
+    fingerprints = {int(name.removesuffix(".json")): mark for name, mark in listed.items() if _NAME.fullmatch(name)}
+    pieces = Pieces()
+    pieces.read_index(output, stage, fingerprints=fingerprints)
+    loose = [number for number in sorted(fingerprints) if number not in pieces]
+    for at in range(0, len(loose), READ_AT_A_TIME):
+        some = loose[at : at + READ_AT_A_TIME]
+        for number, record in zip(some, _each(lambda n: read(url_of(output, stage, n)), some), strict=True):
+            pieces.add(number, record, fingerprint=fingerprints[number])
+    return pieces
+
+
+def index(output: str, stage: str, pieces: Pieces) -> None:
+    """Note the loose records of `pieces` in the index, if they are many; call it under the lease of the output."""
+    if len(pieces.loose) < MIN_INDEXED:
+        return
+    unknown = [number for number, mark in pieces.loose.items() if mark is None]
+    told = _each(lambda number: storage.fingerprint(url_of(output, stage, number)), unknown)
+    known = {number: mark for number, mark in pieces.loose.items() if mark is not None}
+    pieces.write_index(output, stage, {**known, **dict(zip(unknown, told, strict=True))})
+
+
+def _each(ask: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
+    """`ask` of each number, by threads: most of the time is spent waiting for the store."""
+    runs = [numbers[at : at + ASKED_IN_A_ROW] for at in range(0, len(numbers), ASKED_IN_A_ROW)]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        records = pool.map(lambda name: read(storage.join(folder, name)), names)
-        return {int(name.removesuffix(".json")): record for name, record in zip(names, records, strict=True)}
+        return [answer for answers in pool.map(lambda run: list(map(ask, run)), runs) for answer in answers]
 
 
 def read(url: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ begin the next one (there a sample may stand twice in one super-batch).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class OfferedShard(NamedTuple):
         return offered + np.searchsorted(self.dropped - np.arange(len(self.dropped)), offered, side="right")
 
 
-def offered_shards(run: str, records: dict[int, dict]) -> list[OfferedShard]:
+def offered_shards(run: str, records: Mapping[int, dict]) -> list[OfferedShard]:
     """What the committed, not retired shards of a run offer; `records` are its embedding stage's manifests.
 
     Reads a column of the tables of those shards that dropped something. ValueError if nothing is offered.

@@ -85,7 +85,7 @@ def load(output: str) -> list[Shard]:
         raise ValueError(f"{url} has format_version {version}, this code reads up to {FORMAT_VERSION}: update curation")
     if table.schema.names != SCHEMA.names:
         raise ValueError(f"{url} is damaged: its columns are {table.schema.names}, not {SCHEMA.names}")
-    shards = [Shard(**row) for row in table.to_pylist()]
+    shards = list(map(Shard, *(table[name].to_pylist() for name in Shard._fields)))
     if [shard.number for shard in shards] != list(range(len(shards))):
         raise ValueError(f"{url} is damaged: its shard numbers are not 0 to {len(shards) - 1}")
     return shards
@@ -93,6 +93,7 @@ def load(output: str) -> list[Shard]:
 
 def save(output: str, shards: Sequence[Shard]) -> None:
     """Write the list, whole, into the run's folder."""
-    table = pa.Table.from_pylist([shard._asdict() for shard in shards], schema=SCHEMA)
+    columns = [[getattr(shard, name) for shard in shards] for name in SCHEMA.names]
+    table = pa.table(columns, schema=SCHEMA)
     with storage.write_atomic(storage.join(output, "shards.parquet")) as file:
         pq.write_table(table, file)

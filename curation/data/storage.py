@@ -2,13 +2,15 @@
 
 A local file is written under a temporary name in its own folder, fsynced and renamed. An object store makes an object
 visible only when its upload is complete, so there the upload goes to the final name. Either way a file exists whole or
-not at all, and writing it again replaces it whole. (File servers such as sftp:// promise no such thing.) A plain path
-and a file:// URL mean the local disk, and every character of them is literal: nothing is percent-decoded.
+not at all, and writing it again replaces it whole. (File servers such as sftp:// promise no such thing.) What fails
+at a store is tried again, as remote.py has it, and is an OSError in the end. A plain path and a file:// URL mean the
+local disk, and every character of them is literal: nothing is percent-decoded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import os
@@ -16,7 +18,8 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -27,10 +30,14 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from curation.data import remote
+
 SHARD_SUFFIX = ".tar"
 GLOB_CHARACTERS = frozenset("*?[")
 BLOCK_BYTES = 8 << 20
 LIST_THREADS = 32
+NAMES_ASKED_SINGLY = 200
+"""Of more names in one folder than this the folder is listed: a page of a bucket's listing tells of 1,000."""
 CHANGE_MARKS = (
     "etag",
     "ETag",
@@ -43,6 +50,7 @@ CHANGE_MARKS = (
     "created",
 )
 """What stores call that which changes with a file, the most telling first."""
+_DISK = LocalFileSystem()
 _ROOT = re.compile(r"[A-Za-z0-9+.-]+://+")
 
 
@@ -76,11 +84,9 @@ def is_local(url: str) -> bool:
 
 
 def open_read(url: str) -> BinaryIO:
-    """The file, opened for reading in binary. OSError as the store raises it."""
+    """The file, opened for reading in binary. OSError if the store fails, now or while it is read."""
     fs, path = _resolve(url)
-    if isinstance(fs, LocalFileSystem):
-        return open(path, "rb")
-    return cast(BinaryIO, fs.open(path, "rb"))
+    return open(path, "rb") if isinstance(fs, LocalFileSystem) else remote.open_remote(fs, path)
 
 
 def read_bytes(url: str) -> bytes:
@@ -92,7 +98,9 @@ def read_bytes(url: str) -> bytes:
 def read_range(url: str, start: int, stop: int | None) -> bytes:
     """Bytes [start, stop) of a file, or from `start` to its end: one request to a remote store. OSError if it fails."""
     fs, path = _resolve(url)
-    return cast(bytes, fs.cat_file(path, start=start, end=stop))
+    if isinstance(fs, LocalFileSystem):
+        return cast(bytes, fs.cat_file(path, start=start, end=stop))
+    return remote.read_range(fs, path, start, stop)
 
 
 def exists(url: str) -> bool:
@@ -103,26 +111,37 @@ def exists(url: str) -> bool:
 def names_in(folder: str) -> list[str]:
     """Sorted names of the files in a folder; empty if there is no such folder."""
     fs, path = _resolve(folder)
-    with contextlib.suppress(FileNotFoundError):
-        if isinstance(fs, LocalFileSystem):
-            return sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-        return sorted(_name(info["name"]) for info in fs.ls(path, detail=True) if info["type"] == "file")
+    if not isinstance(fs, LocalFileSystem):
+        return sorted(_name(info["name"]) for info in _ls(fs, path) if info["type"] == "file")
+    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_file())
     return []
 
 
 def folders_in(folder: str) -> list[str]:
     """Sorted names of the folders in a folder; empty if there is no such folder."""
     fs, path = _resolve(folder)
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(_name(info["name"]) for info in fs.ls(path, detail=True) if info["type"] == "directory")
-    return []
+    return sorted(_name(info["name"]) for info in _ls(fs, path) if info["type"] == "directory")
+
+
+def fingerprints_in(folder: str) -> dict[str, str]:
+    """Name -> fingerprint of the files in a folder, empty if there is none: one listing, not a request for each."""
+    fs, path = _resolve(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return {_name(info["name"]): _fingerprint_of(info) for info in _ls(fs, path) if info["type"] == "file"}
+    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+        return {entry.name: _fingerprint_of_stat(entry.stat()) for entry in entries if entry.is_file()}
+    return {}
 
 
 def delete(url: str) -> None:
     """Remove one file; nothing happens if it is not there."""
     fs, path = _resolve(url)
     with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(path)
+        if isinstance(fs, LocalFileSystem):
+            os.remove(path)
+        else:
+            remote.attempt(lambda: fs.rm_file(path))
 
 
 @contextlib.contextmanager
@@ -145,8 +164,7 @@ def write_atomic(url: str) -> Iterator[IO[bytes]]:
     with tempfile.NamedTemporaryFile() as spool:
         yield cast(IO[bytes], spool)
         spool.flush()
-        # Not fs.open(): closing such a file after an error in the middle would make what was sent visible.
-        fs.put_file(spool.name, path)
+        remote.upload(fs, spool.name, path)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -174,9 +192,8 @@ def fingerprint(url: str) -> str:
     """
     fs, path = _resolve(url)
     if isinstance(fs, LocalFileSystem):
-        stat = os.stat(path)
-        return f"{stat.st_size}:{stat.st_mtime_ns}"
-    return _fingerprint_of(fs.info(path))
+        return _fingerprint_of_stat(os.stat(path))
+    return _fingerprint_of(remote.attempt(lambda: fs.info(path)))
 
 
 def list_shards(patterns: str) -> list[ListedShard]:
@@ -188,9 +205,17 @@ def list_shards(patterns: str) -> list[ListedShard]:
     matches nothing, or nothing at all is there.
     """
     expanded = [path for pattern in patterns.split("::") if pattern for path in _braces(pattern)]
+    folders: dict[str, list[str]] = defaultdict(list)
+    for pattern in expanded:
+        if pattern.endswith(SHARD_SUFFIX) and "/" in pattern and not GLOB_CHARACTERS & set(pattern):
+            folders[pattern.rpartition("/")[0]].append(pattern)
+    many = {folder: names for folder, names in folders.items() if len(names) > NAMES_ASKED_SINGLY}
+    listed = {name for names in many.values() for name in names}
     found: dict[str, str] = {}
-    with ThreadPoolExecutor(LIST_THREADS) as pool:  # a brace list of a bucket costs a request for each name
-        for matched in pool.map(_match, expanded):
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        for matched in pool.map(_match, [pattern for pattern in expanded if pattern not in listed]):
+            found.update(matched)
+        for matched in pool.map(_match_in, many, many.values()):
             found.update(matched)
     if not any(found.values()):
         raise ValueError(f"pool.shards: no shard matches {patterns!r}")
@@ -200,7 +225,7 @@ def list_shards(patterns: str) -> list[ListedShard]:
 def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
     """The store that a URL names, and the path there. ValueError as `absolute` has it."""
     if url.startswith("/"):  # "::" or "://" in a local name must not send fsspec elsewhere
-        return LocalFileSystem(), os.path.abspath("/" + url.lstrip("/"))
+        return _DISK, os.path.abspath("/" + url.lstrip("/"))
     if "::" in url:
         raise ValueError(f"{url!r} holds '::', which joins the patterns of a pool; a single URL cannot have it")
     try:
@@ -213,11 +238,23 @@ def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
 
 def _info(url: str) -> dict[str, Any] | None:
     """What the store says of a file or folder; None if it is not there. (fsspec's `exists` takes any error for no.)"""
-    fs, path = _resolve(url)
+    return _told(*_resolve(url))
+
+
+def _told(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """What the store says of a path; None if it is not there."""
     try:
-        return fs.info(path)
+        return fs.info(path) if isinstance(fs, LocalFileSystem) else remote.attempt(lambda: fs.info(path))
     except FileNotFoundError:
         return None
+
+
+def _ls(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    """What a store's folder holds; nothing if it is not there."""
+    try:
+        return remote.attempt(lambda: fs.ls(path, detail=True))
+    except FileNotFoundError:
+        return []
 
 
 def _braces(pattern: str) -> list[str]:
@@ -236,6 +273,13 @@ def _match(pattern: str) -> dict[str, str]:
     return found
 
 
+def _match_in(folder: str, names: Sequence[str]) -> dict[str, str]:
+    """URL -> fingerprint of shards that are named one by one, `names`, in one folder."""
+    there = fingerprints_in(folder)
+    root = absolute(folder)
+    return {join(root, _name(name)): there.get(_name(name), "") for name in names}
+
+
 def _match_local(path: str) -> dict[str, str]:
     # The standard library's glob, because fsspec's passes over symbolic links, of which many a pool is made.
     if os.path.isdir(path):
@@ -252,20 +296,50 @@ def _match_remote(fs: AbstractFileSystem, path: str) -> dict[str, str]:
     info = _info(url)
     # A listing carries sizes and etags already, so a bucket of many shards costs pages, not one request per shard.
     if info is not None and info["type"] == "directory":
-        infos = [info for info in fs.ls(path, detail=True) if info["name"].endswith(SHARD_SUFFIX)]
+        infos = [info for info in _ls(fs, path) if info["name"].endswith(SHARD_SUFFIX)]
     elif info is None and GLOB_CHARACTERS & set(path):
-        infos = list(cast(dict[str, dict[str, Any]], fs.glob(path, detail=True)).values())
+        infos = list(_glob(fs, path))
     else:
         return {url: "" if info is None else _fingerprint_of(info)}
     shows_hidden = _name(path).startswith(".")
     files = [info for info in infos if info["type"] == "file" and (shows_hidden or _name(info["name"])[:1] != ".")]
     # A listing over http tells nothing but names.
-    whole = [info if _mark(info) else fs.info(info["name"]) for info in files]
+    whole = (info if _mark(info) else remote.attempt(lambda info=info: fs.info(info["name"])) for info in files)
     return {str(fs.unstrip_protocol(info["name"])): _fingerprint_of(info) for info in whole}
+
+
+def _glob(fs: AbstractFileSystem, path: str) -> Iterator[dict[str, Any]]:
+    """What a glob names. fsspec's own passes over a folder whose listing fails, as if it held nothing."""
+    parts = path.split("/")
+    fixed = next(place for place, part in enumerate(parts) if GLOB_CHARACTERS & set(part))
+    return _below(fs, "/".join(parts[:fixed]), parts[fixed:])
+
+
+def _below(fs: AbstractFileSystem, folder: str, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    part, *rest = parts
+    if not GLOB_CHARACTERS & set(part):
+        if rest:
+            yield from _below(fs, f"{folder}/{part}", rest)
+        elif info := _told(fs, f"{folder}/{part}"):
+            yield info
+        return
+    if part == "**" and rest:
+        yield from _below(fs, folder, rest)
+    for info in _ls(fs, folder):
+        path = info["name"].rstrip("/")
+        is_named = fnmatch.fnmatchcase(_name(path), part) and (_name(path)[:1] != "." or part[:1] == ".")
+        if is_named and rest and info["type"] == "directory":
+            yield from _below(fs, path, parts if part == "**" else rest)
+        elif is_named and not rest:
+            yield info
 
 
 def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
+
+
+def _fingerprint_of_stat(stat: os.stat_result) -> str:
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _fingerprint_of(info: dict[str, Any]) -> str:

@@ -229,7 +229,8 @@ def add_columns(recipe: ColumnsRecipe, *, watch: Callable[[dict[str, Any]], None
                 if "pending" in record:
                     failures.append(f"shard {record['url']} is pending, run again to read it: {record['pending']}")
                 else:
-                    made[record["shard"]], now = record, now + 1
+                    made.add(record["shard"], record)
+                    now += 1
     return ColumnsSummary(
         shards=len(shards),
         made_now=now,

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError
 from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
 from curation.data import card, manifest, shard_list, storage, tables
 from curation.data.lease import Lease
+from curation.data.pieces import Pieces, Record
 from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
@@ -27,13 +28,12 @@ from curation.distributed import versions
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
 from curation.models.clip import weights_digest
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000
-
-Record = dict[str, Any]
 
 
 class Plan(NamedTuple):
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     listed: list[ListedShard]
     shards: list[Shard]
     pool: list[Shard]
-    committed: dict[int, Record]
+    committed: Pieces
 
     @property
     def todo(self) -> list[Shard]:
@@ -121,7 +121,7 @@ def curate(recipe: CurateRecipe, *, watch: Watch | None = None) -> Summary:
         with cluster(num_cpus=cpus_wanted(recipe.compute)):
             embedded = _embed(recipe, plan, watch)
             summary = _account(embedded, plan)
-            _write_drops(recipe.output, [record for record in embedded.pool if record["dropped"]])
+            _write_drops(recipe.output, embedded)
             failures = _failures(summary, embedded.pending, max_drop_fraction=recipe.max_drop_fraction)
             if not failures:
                 summary = _select_and_write(recipe, embedded, summary, watch)
@@ -140,10 +140,11 @@ def _resolved(recipe: CurateRecipe) -> CurateRecipe:
 
 
 class _Embedded(NamedTuple):
-    """What the embedding stage leaves: the pool's records, those made now among them, and why a shard is pending."""
+    """What the embedding stage leaves: the run's pieces, the pool's shards among them, and why a shard is pending."""
 
-    pool: list[Record]
-    now: list[Record]
+    pieces: Pieces
+    pool: list[int]
+    now: list[int]
     pending: dict[str, str]
     seconds: float
     spec: EmbedSpec
@@ -153,24 +154,29 @@ class _Embedded(NamedTuple):
 def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
     placement = place(recipe.compute, precision=recipe.embed.precision)
     spec = _embed_spec(recipe, placement)
-    manifest.check_same_run(plan.committed, spec.made_by)
+    manifest.check_same_run(plan.committed.one_of_each_run(), spec.made_by)
     shard_list.save(recipe.output, plan.shards)
     _save_recipe(recipe, spec)
     watch.planned(plan)
     begun = time.time()
-    now: list[Record] = []
+    pieces = Pieces(plan.committed)
+    manifest.index(recipe.output, EMBED_STAGE, pieces)
+    now: list[int] = []
     pending: dict[str, str] = {}
     for record in embed_shards(plan.todo, spec, placement):
         watch.committed(record)
         if "pending" in record:
             pending[record["url"]] = record["pending"]
         else:
-            now.append({name: value for name, value in record.items() if name != "batch_ends"})
+            now.append(record["shard"])
+            pieces.add(record["shard"], {name: value for name, value in record.items() if name != "batch_ends"})
+            if len(now) % SHARDS_PER_WAVE == 0:
+                manifest.index(recipe.output, EMBED_STAGE, pieces)
     seconds = time.time() - begun
-    records = plan.committed | {record["shard"]: record for record in now}
-    shard_list.save(recipe.output, [_with_content(shard, records) for shard in plan.shards])
-    pool = [records[shard.number] for shard in plan.pool if shard.number in records]
-    return _Embedded(pool, now, pending, seconds, spec, placement)
+    manifest.index(recipe.output, EMBED_STAGE, pieces)
+    shard_list.save(recipe.output, [_with_content(shard, pieces) for shard in plan.shards])
+    pool = [shard.number for shard in plan.pool if shard.number in pieces]
+    return _Embedded(pieces, pool, now, pending, seconds, spec, placement)
 
 
 def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
@@ -234,24 +240,29 @@ def _save_recipe(recipe: CurateRecipe, spec: EmbedSpec) -> None:
     storage.write_bytes(storage.join(recipe.output, "recipe.json"), json.dumps(whole, indent=1).encode())
 
 
-def _with_content(shard: Shard, records: dict[int, Record]) -> Shard:
-    record = records.get(shard.number)
-    return shard if record is None else shard._replace(sha256=record["sha256"], rows=record["read"])
+def _with_content(shard: Shard, pieces: Pieces) -> Shard:
+    if shard.number not in pieces:
+        return shard
+    record = pieces[shard.number]
+    return shard._replace(sha256=record["sha256"], rows=record["read"])
 
 
 def _account(embedded: _Embedded, plan: Plan) -> Summary:
     """The pool's account, and the rates of what was embedded now."""
     dropped: Counter[str] = Counter()
     warnings: Counter[str] = Counter()
-    for record in embedded.pool:
+    totals: Counter[str] = Counter()
+    for number in embedded.pool:
+        record = embedded.pieces[number]
         dropped.update(record["dropped"])
         warnings.update(record["warnings"])
+        totals.update(read=record["read"], embedded=record["embedded"])
     if plan.absent:
         warnings["shard:absent"] = len(plan.absent)
     rates, bottleneck = _rates(embedded)
     return Summary(
-        read=sum(record["read"] for record in embedded.pool),
-        embedded=sum(record["embedded"] for record in embedded.pool),
+        read=totals["read"],
+        embedded=totals["embedded"],
         dropped=dict(sorted(dropped.items())),
         selected=None,
         seconds=0.0,
@@ -265,16 +276,18 @@ def _account(embedded: _Embedded, plan: Plan) -> Summary:
             "absent": len(plan.absent),
             "retired": sum(shard.retired for shard in plan.shards),
         },
-        decoded_now=sum(record["decoded"] for record in embedded.now),
+        decoded_now=sum(embedded.pieces[number]["decoded"] for number in embedded.now),
     )
 
 
 def _rates(embedded: _Embedded) -> tuple[dict[str, float], str | None]:
     """Images/s by stage (`embed` in all, the others if they alone held the actors), and where the actors' time went."""
     seconds: Counter[str] = Counter()
-    for record in embedded.now:
+    images = 0
+    for number in embedded.now:
+        record = embedded.pieces[number]
         seconds.update(record["seconds"])
-    images = sum(record["embedded"] for record in embedded.now)
+        images += record["embedded"]
     actors = embedded.placement.actors
     rates = {
         "embed": _rate(images, embedded.seconds, 1),
@@ -306,19 +319,26 @@ def _failures(summary: Summary, pending: dict[str, str], *, max_drop_fraction: f
     return failures
 
 
-def _write_drops(output: str, records: Sequence[Record]) -> None:
+def _write_drops(output: str, embedded: _Embedded) -> None:
     """drops.parquet: every dropped sample of the pool with its reason, in order of address."""
+    numbers = [number for number in sorted(embedded.pool) if embedded.pieces[number]["dropped"]]
     with (
         storage.write_atomic(storage.join(output, "drops.parquet")) as file,
         pq.ParquetWriter(file, DROPS_SCHEMA) as out,
     ):
-        for record in sorted(records, key=lambda record: record["shard"]):
-            table = tables.read(output, record["shard"], ["uid", "shard", "offset", "reason", "status"])
-            out.write_table(table.filter(pc.field("status") == "dropped").select(DROPS_SCHEMA.names))
+        for table in ordered(_drops_of, ((output, group) for group in in_groups(numbers))):
+            out.write_table(table)
+
+
+def _drops_of(output: str, numbers: list[int]) -> pa.Table:
+    """The dropped samples of a group of shards; runs in a task."""
+    columns = ["uid", "shard", "offset", "reason", "status"]
+    table = pa.concat_tables(tables.read(output, number, columns) for number in numbers)
+    return table.filter(pc.field("status") == "dropped").select(DROPS_SCHEMA.names).cast(DROPS_SCHEMA)
 
 
 def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summary, watch: Watch) -> Summary:
-    numbers = sorted(record["shard"] for record in embedded.pool)
+    numbers = sorted(embedded.pool)
     watch.stage("select")
     begun = time.time()
     selected = selection.select(

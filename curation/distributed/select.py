@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -38,6 +37,10 @@ from curation.selector import Rows
 LOWEST_SCORE = Cut(key_bits=1, tie=0)
 """Keeps every row that has a score: only NaN lies below it."""
 
+DUPLICATES, DUPLICATES_FROM = "duplicates.npy", "duplicates_from.npy"
+"""In selection/: addresses of all later copies, ascending, and where in that list each shard's begin (S + 1)."""
+NPY_HEADER_BYTES = 128
+"""Of a one-dimensional int64 array, however long."""
 SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
 OFFLINE_PROGRESS = 0.0
 KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256")
@@ -133,13 +136,24 @@ def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -
             by_uid.add(words, where)
         duplicates = [np.zeros(0, np.int64), *(later_copies(block) for block in by_uid.sorted_blocks())]
     later = np.sort(np.concatenate(duplicates))
-    with storage.write_atomic(_duplicates_url(output)) as file:
-        np.save(file, later)
+    num_shards = 1 + max((group[-1] for group in groups), default=-1)
+    _save(output, DUPLICATES, later)
+    _save(output, DUPLICATES_FROM, np.searchsorted(addresses.shard_of(later), np.arange(num_shards + 1)))
     return len(later)
 
 
-def _duplicates_url(output: str) -> str:
-    return storage.join(output, "selection", "duplicates.npy")
+def _save(output: str, name: str, values_N: np.ndarray) -> None:
+    with storage.write_atomic(storage.join(output, "selection", name)) as file:
+        np.save(file, values_N.astype("<i8"))
+        assert file.tell() == NPY_HEADER_BYTES + values_N.size * 8
+
+
+def _saved(output: str, name: str, start: int, stop: int) -> np.ndarray:
+    """Entries [start, stop) of what `_save` wrote: of the file only the bytes that hold them are read."""
+    if start == stop:
+        return np.zeros(0, np.int64)
+    first, last = (NPY_HEADER_BYTES + 8 * place for place in (start, stop))
+    return np.frombuffer(storage.read_range(storage.join(output, "selection", name), first, last), "<i8")
 
 
 def _find_cut(step: Select, output: str, groups: list[list[int]], decided: list[Decided], rows: int) -> Cut:
@@ -228,15 +242,9 @@ def _candidates(output: str, number: int, columns: frozenset[str]) -> pa.Table:
 
 
 def _duplicates_in(output: str, number: int) -> np.ndarray:
-    """The shard's part of the duplicates' addresses; on a disk only the pages that hold it are read."""
-    url = _duplicates_url(output)
-    if storage.is_local(url):
-        duplicates = np.load(storage.absolute(url), mmap_mode="r", allow_pickle=False)
-    else:
-        duplicates = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-    first = addresses.pack(number, np.asarray([0]))[0]
-    begin, end = np.searchsorted(duplicates, [first, first + addresses.MAX_ROWS_PER_SHARD])
-    return duplicates[begin:end]
+    """The shard's part of the duplicates' addresses."""
+    begin, end = _saved(output, DUPLICATES_FROM, number, number + 2)
+    return _saved(output, DUPLICATES, int(begin), int(end))
 
 
 def _surviving(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:

@@ -7,6 +7,7 @@ names the field, and the command that mends it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,7 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     return (*own, *((f"{prefix}{side}_embedding", f"reference_{side}_embedding") for side in ("image", "text")))
 
 
-def _num_features(recipe: TrainRecipe, records: dict[int, dict], shards: list[OfferedShard]) -> int:
+def _num_features(recipe: TrainRecipe, records: Mapping[int, dict], shards: list[OfferedShard]) -> int:
     """Width of the features that the learner begins at. ValueError if a shard lacks them."""
     features = str(recipe.data.features)
     if features not in ("image_embedding", "text_embedding"):
@@ -144,7 +145,7 @@ def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]
     return tuple(sorted(found))
 
 
-def check_piece(run: str, piece: str, records: dict[int, dict], *, command: str) -> dict[int, dict]:
+def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: str) -> Mapping[int, dict]:
     """The manifests of a piece that is there for every shard, as it is now. ValueError, with what makes it, if not."""
     made = manifest.committed(run, tables.piece_stage(piece))
     stale = [number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]]
@@ -157,7 +158,7 @@ def check_piece(run: str, piece: str, records: dict[int, dict], *, command: str)
 
 
 def _cached_reference(
-    recipe: TrainRecipe, curated: dict[str, Any], records: dict[int, dict], shards: list[OfferedShard]
+    recipe: TrainRecipe, curated: dict[str, Any], records: Mapping[int, dict], shards: list[OfferedShard]
 ) -> tuple[float | None, float | None]:
     """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
     if recipe.reference.online or recipe.is_classifier:

@@ -85,6 +85,7 @@ def _noted(
 def _write_tars(recipe: CurateRecipe, kept: Iterator[pa.Table]) -> dict[str, int]:
     """Write the tars that are not there yet, remove those of a former selection; samples by tar."""
     done = manifest.committed(recipe.output, STAGE)
+    manifest.index(recipe.output, STAGE, done)
 
     def jobs() -> Iterator[tuple[Any, ...]]:
         for index, rows in enumerate(rechunked(kept, recipe.write.samples_per_shard)):

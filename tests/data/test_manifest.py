@@ -2,7 +2,7 @@ import json
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.columns import FORMAT_VERSION
@@ -17,8 +17,10 @@ JSON = st.recursive(
 MADE_BY = {"model": "nano", "batch": 64, "precision": "float32"}
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def output(request, tmp_path):
+    if request.param == "s3":
+        return request.getfixturevalue("s3_bucket") + "/out"
     return str(tmp_path / "out") if request.param == "local" else f"memory:///{uuid.uuid4().hex}"
 
 
@@ -42,6 +44,7 @@ def test_nothing_is_committed_in_a_fresh_output(output):
 
 
 @given(record=st.dictionaries(st.sampled_from(["read", "url", "dropped"]), JSON), number=st.integers(0, 2**43))
+@settings(deadline=None)
 def test_a_record_comes_back_as_it_was_committed(record, number):
     output = f"memory:///{uuid.uuid4().hex}"
     manifest.commit(output, "embed", number, record, made_by=MADE_BY)

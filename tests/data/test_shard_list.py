@@ -17,8 +17,10 @@ LISTING = st.dictionaries(st.sampled_from(URLS), st.sampled_from(["", "1", "2", 
 )
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def output(request, tmp_path):
+    if request.param == "s3":
+        return request.getfixturevalue("s3_bucket") + "/out"
     return str(tmp_path / "out") if request.param == "local" else f"memory:///{uuid.uuid4().hex}"
 
 

@@ -25,8 +25,11 @@ WriteShard = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A local Ray that all the tests share: starting one costs seconds, and each worker imports torch."""
+def ray_session(object_store: Any) -> Iterator[None]:
+    """A local Ray that all the tests share: starting one costs seconds, and each worker imports torch.
+
+    Its workers find the object store by the environment that they inherit.
+    """
     with cluster(num_cpus=LOGICAL_CPUS):
         yield
     assert not ray.is_initialized()

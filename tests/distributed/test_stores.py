@@ -1,0 +1,143 @@
+"""From an S3 bucket to an S3 bucket, through a server that throttles, cuts, truncates, hangs and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curation.data import manifest, storage, tables
+from curation.data.rows import read_rows
+from curation.data.shards import ReadRules
+from curation.distributed.embed import EmbedSpec, ShardEmbed
+from curation.distributed.pipeline import curate
+from curation.models.clip import Towers, load_towers
+from curation.recipe import CurateRecipe, Select
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    return load_towers("nano", seed=0)
+
+
+@pytest.fixture
+def embed(towers: Towers, s3_bucket: str) -> ShardEmbed:
+    """Embeds into the bucket."""
+    spec = EmbedSpec(
+        output=f"{s3_bucket}/out",
+        model="nano",
+        pretrained=None,
+        checkpoint=None,
+        seed=0,
+        precision="float32",
+        device="cpu",
+        batch_size=8,
+        decode_threads=1,
+        torch_threads=1,
+        max_pixels=90_000_000,
+        rules=ReadRules(),
+        made_by={"test": True},
+    )
+    return ShardEmbed(spec, towers=towers)
+
+
+@pytest.fixture(scope="module")
+def big_shard(tmp_path_factory: pytest.TempPathFactory, write_shard: Callable[..., Path]) -> bytes:
+    """A tar of more than one range: 400 samples, two of them broken."""
+    path = write_shard(tmp_path_factory.mktemp("big") / "a.tar", count=400, broken=[7, 399])
+    return path.read_bytes()
+
+
+def call(embed: ShardEmbed, url: str) -> dict[str, Any]:
+    row = {"number": np.array([0]), "url": np.array([url]), "fingerprint": np.array([storage.fingerprint(url)])}
+    return json.loads(embed(row)["record"][0])
+
+
+@pytest.mark.parametrize("fault", ["throttle", "expire", "cut", "truncate", "hang"])
+def test_a_store_that_fails_for_a_while_costs_no_sample_and_one_that_stays_down_leaves_the_shard_pending(
+    embed: ShardEmbed, object_store: Any, s3_bucket: str, big_shard: bytes, fault: str
+) -> None:
+    url, out = f"{s3_bucket}/pool/a.tar", f"{s3_bucket}/out"
+    storage.write_bytes(url, big_shard)
+
+    object_store.fault = lambda request: fault if (request.method, request.key) == ("GET", "pool/a.tar") else None
+    record = call(embed, url)
+    assert record["pending"] and "read" not in record and object_store.faults[fault] >= 4
+    assert not manifest.committed(out, "embed") and storage.names_in(f"{out}/samples") == []
+
+    object_store.heal()
+    # The first request of each kind fails, on the shard as on the table and the manifest.
+    object_store.fault = lambda request: fault if request.nth == 1 else None
+    record = call(embed, url)
+    assert (record["read"], record["embedded"], record["dropped"]) == (400, 398, {"image:unrecognized": 2})
+    assert record["sha256"] == hashlib.sha256(big_shard).hexdigest() and object_store.faults[fault]
+    object_store.heal()
+    assert manifest.committed(out, "embed")[0]["read"] == 400 == tables.read(out, 0, ["uid"]).num_rows
+
+    # What training reads of a pool in a bucket: rows of the table, and their bytes, here up to the end of the tar.
+    object_store.fault = lambda request: fault if request.nth == 1 else None
+    rows = read_rows(out, 0, url, np.arange(380, 400), ["uid"], rules=ReadRules())
+    assert [row.place for row in rows.images] == list(range(20)) and rows.columns.num_rows == 20
+    assert object_store.faults[fault]
+
+
+def test_a_table_that_the_store_refuses_leaves_the_shard_pending_and_uncommitted(
+    embed: ShardEmbed, object_store: Any, s3_bucket: str, big_shard: bytes
+) -> None:
+    storage.write_bytes(f"{s3_bucket}/a.tar", big_shard)
+    object_store.fault = lambda request: "throttle" if request.method == "PUT" and "samples" in request.key else None
+    assert "pending" in call(embed, f"{s3_bucket}/a.tar")
+    object_store.heal()
+    assert not manifest.committed(f"{s3_bucket}/out", "embed")
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in sorted(folder.rglob("*.tar")):
+        storage.write_bytes(storage.join(url, str(path.relative_to(folder))), path.read_bytes())
+
+
+@pytest.mark.slow
+def test_a_pool_in_a_bucket_is_curated_into_a_bucket_as_from_disk_to_disk_whatever_the_store_does(
+    ray_session: None,
+    object_store: Any,
+    s3_bucket: str,
+    small_pool: Path,
+    recipe_for: Callable[..., CurateRecipe],
+    tmp_path: Path,
+) -> None:
+    steps = (Select(method={"name": "clip_score"}, keep_fraction=0.5),)
+    assert not curate(recipe_for(f"{small_pool}/a::{small_pool}/b", selection=steps)).failures
+    upload(small_pool, f"{s3_bucket}/pool")
+    out = f"{s3_bucket}/run"
+    recipe = recipe_for(f"{s3_bucket}/pool/a/*.tar::{s3_bucket}/pool/b", selection=steps)
+    recipe = recipe.model_copy(update={"output": out})
+
+    # One shard cannot be read at all; of all other requests many fail, each in its own way.
+    ways = ("throttle", "cut", "truncate", "expire")
+
+    def fault(request: Any) -> str | None:
+        if request.key == "pool/b/00007.tar" and request.method == "GET":
+            return "throttle"
+        return ways[request.nth % 4] if request.nth % 7 == 1 else None
+
+    object_store.fault = fault
+    first = curate(recipe)
+    [failure] = first.failures
+    assert "pool/b/00007.tar is pending, run again to read it" in failure
+    assert len(manifest.committed(out, "embed")) == 4 and all(object_store.faults[way] for way in ways)
+
+    object_store.heal()
+    again = curate(recipe)
+    assert not again.failures
+    assert (again.read, again.embedded, again.decoded_now) == (75, 73, 8)
+    assert not storage.exists(f"{out}/lease.json")
+    disk = str(tmp_path / "out")
+    # Tables name the shards by their URLs; what was kept, and how it is written, does not depend on where it lies.
+    assert storage.names_in(f"{out}/shards") == storage.names_in(f"{disk}/shards")
+    for name in ("shards/00000.tar", "selection/subset.npy", "shards/sizes.json"):
+        assert storage.sha256_of(f"{out}/{name}") == storage.sha256_of(f"{disk}/{name}"), name
