@@ -10,8 +10,7 @@ learner on features no tar is opened: their column is read instead.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,8 +31,6 @@ from curation.numerics.sampling import uid_words
 
 STEPS_PER_WAVE = 1000
 """Steps that are planned at a time, so that a run of millions of steps holds no list of them."""
-READ_ATTEMPTS = 4
-FIRST_PAUSE_S = 0.5
 
 Block = dict[str, np.ndarray]
 """Columns of n rows: `address` int64, `uid` (n, 2) int64, `ok` bool, the learner's `pixels` uint8 (n, S, S, 3) or
@@ -139,14 +136,11 @@ class ReadShare:
         """One planned row in, the rows of the share out."""
         [row] = planned.to_pylist()
         pieces = [
-            self._piece(number, url, np.asarray(rows))
+            self._read(number, url, np.asarray(rows))
             for number, url, rows in zip(row["number"], row["url"], row["rows"], strict=True)
         ]
         block = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         return {**block, "step": np.full(len(block["address"]), row["step"])}
-
-    def _piece(self, number: int, url: str, rows: np.ndarray) -> Block:
-        return _retried(lambda: self._read(number, url, rows))
 
     def _read(self, number: int, url: str, rows: np.ndarray) -> Block:
         spec = self._spec
@@ -192,18 +186,6 @@ class ReadShare:
             return pixels(row.image, max_pixels=self._spec.max_pixels, resize=self._resize).pixels
         except ImageError:
             return None
-
-
-def _retried(read: Callable[[], Any]) -> Any:
-    """What `read` gives, after as many as READ_ATTEMPTS attempts; the last OSError if none succeeds."""
-    pause_s = FIRST_PAUSE_S
-    for _ in range(READ_ATTEMPTS - 1):
-        try:
-            return read()
-        except OSError:
-            time.sleep(pause_s)
-            pause_s *= 2
-    return read()
 
 
 __all__ = ["Block", "FeedSpec", "ReadShare", "Share", "StaleTable", "blocks"]

@@ -125,23 +125,6 @@ def test_a_shard_that_is_not_what_its_table_says_is_an_error(curated: Path, tmp_
         ReadShare(spec_of(curated))(planned(changed, 2, 3))
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard, left = shards_of(curated)[0], [OSError("503"), OSError("time-out")]
-    read_range = storage.read_range
-
-    def flaky(*where):
-        if left:
-            raise left.pop()
-        return read_range(*where)
-
-    monkeypatch.setattr("curation.data.rows.storage.read_range", flaky)
-    monkeypatch.setattr(feed, "FIRST_PAUSE_S", 0.01)
-    assert len(ReadShare(spec_of(curated))(planned(shard, 0, 5))["address"]) == 5
-    left += [OSError("503")] * feed.READ_ATTEMPTS
-    with pytest.raises(OSError, match="503"):
-        ReadShare(spec_of(curated))(planned(shard, 0, 5))
-
-
 def test_an_image_that_no_longer_decodes_is_a_row_that_may_not_be_chosen(curated: Path) -> None:
     shard = shards_of(curated)[0]
     block = ReadShare(spec_of(curated, columns=(), max_pixels=10))(planned(shard, 0, 5))
