@@ -280,6 +280,8 @@ class TestEmbeddedBy:
         [
             {"pool": Pool(caption_field="json.text")},
             {"pool": Pool(image_fields=("webp",))},
+            {"pool": Pool(caption_column="text")},
+            {"pool": Pool(image_column="photo")},
             {"pool": Pool(max_image_bytes=1)},
             {"pool": Pool(max_caption_bytes=1)},
             {"pool": Pool(max_json_bytes=1)},
@@ -336,7 +338,9 @@ class TestEmbeddedBy:
             "embed.seed",
         }
         fields = {f"pool.{name}" for name in Pool.model_fields} | {f"embed.{name}" for name in Embed.model_fields}
-        named = CurateRecipe().embedded_by(**RESOLVED).keys()
+        # Columns are in it only where they are named, so that runs of tars from before there were any go on.
+        columns = Pool(caption_column="c", image_column="i")
+        named = CurateRecipe(pool=columns).embedded_by(**RESOLVED).keys()
         assert fields - elsewhere == {name for name in named if name.startswith(("pool.", "embed."))} - {
             "embed.weights",
             "embed.precision",

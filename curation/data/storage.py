@@ -27,7 +27,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-SHARD_SUFFIX = ".tar"
+SHARD_SUFFIXES = (".tar", ".parquet")
+"""What a folder means: all its files with the first suffix that one of them has (parquet beside tars is metadata)."""
 GLOB_CHARACTERS = frozenset("*?[")
 BLOCK_BYTES = 8 << 20
 LIST_THREADS = 32
@@ -183,9 +184,9 @@ def list_shards(patterns: str) -> list[ListedShard]:
     """The shards that `patterns` name, sorted by URL, each once; a shard that is named but absent has no fingerprint.
 
     Patterns are joined by `::`; each is a path or URL with brace lists ({00000..00041}, {a,b}) and globs, or a folder,
-    which means all its *.tar. As in a shell, a name that begins with a dot is matched only by a pattern that has the
-    dot; unlike there, a pattern that is itself the name of a file or folder means that. ValueError if a glob or folder
-    matches nothing, or nothing at all is there.
+    which means all its *.tar, or if it has none, all its *.parquet. As in a shell, a name that begins with a dot is
+    matched only by a pattern that has the dot; unlike there, a pattern that is itself the name of a file or folder
+    means that. ValueError if a glob or folder matches nothing, or nothing at all is there.
     """
     expanded = [path for pattern in patterns.split("::") if pattern for path in _braces(pattern)]
     found: dict[str, str] = {}
@@ -239,7 +240,8 @@ def _match(pattern: str) -> dict[str, str]:
 def _match_local(path: str) -> dict[str, str]:
     # The standard library's glob, because fsspec's passes over symbolic links, of which many a pool is made.
     if os.path.isdir(path):
-        names = glob.glob(join(glob.escape(path), "*" + SHARD_SUFFIX))
+        found = (glob.glob(join(glob.escape(path), "*" + suffix)) for suffix in SHARD_SUFFIXES)
+        names = next(filter(None, found), [])
     elif GLOB_CHARACTERS & set(path) and not os.path.exists(path):
         names = glob.glob(path, recursive=True)
     else:
@@ -252,7 +254,9 @@ def _match_remote(fs: AbstractFileSystem, path: str) -> dict[str, str]:
     info = _info(url)
     # A listing carries sizes and etags already, so a bucket of many shards costs pages, not one request per shard.
     if info is not None and info["type"] == "directory":
-        infos = [info for info in fs.ls(path, detail=True) if info["name"].endswith(SHARD_SUFFIX)]
+        inside = fs.ls(path, detail=True)
+        found = ([info for info in inside if info["name"].endswith(suffix)] for suffix in SHARD_SUFFIXES)
+        infos = next(filter(None, found), [])
     elif info is None and GLOB_CHARACTERS & set(path):
         infos = list(cast(dict[str, dict[str, Any]], fs.glob(path, detail=True)).values())
     else:

@@ -18,8 +18,9 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError
 
 from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
-from curation.data import card, manifest, shard_list, storage, tables
+from curation.data import card, manifest, parquet_shards, shard_list, storage, tables
 from curation.data.lease import Lease
+from curation.data.open_shard import content_digest
 from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
@@ -107,7 +108,9 @@ def make_plan(recipe: CurateRecipe) -> Plan:
                 f"shard {number} is committed as {record['url']}, but {recipe.output}/shards.parquet does not say so: "
                 "it was lost or replaced. Restore it, or choose another output."
             )
-    content_of = storage.sha256_of if recipe.pool.verify == "content" else None
+    rules = recipe.pool.read_rules()
+    listed = parquet_shards.cut(listed, known, rules=rules)
+    content_of = (lambda url: content_digest(url, rules)) if recipe.pool.verify == "content" else None
     shards = shard_list.extend([_with_content(shard, committed) for shard in known], listed, content_of=content_of)
     return Plan(listed, shards, shard_list.present(shards, listed), committed)
 

@@ -40,8 +40,9 @@ LOWEST_SCORE = Cut(key_bits=1, tie=0)
 
 SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
 OFFLINE_PROGRESS = 0.0
-KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256")
+KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256", "caption", "width", "height")
 LICENSE_COLUMNS = tuple(JSON_PREFIX + name for name in ("license", "licence", "LICENSE"))
+URL_COLUMNS = tuple(JSON_PREFIX + name for name in ("url", "URL"))
 
 
 class Decided(NamedTuple):
@@ -97,7 +98,7 @@ def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequenc
 
 
 def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
-    """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license."""
+    """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license, url."""
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
 
 
@@ -203,16 +204,18 @@ def _kept(output: str, numbers: list[int], decided: list[Decided]) -> pa.Table:
 
 
 def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table:
-    table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS})
+    table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS, *URL_COLUMNS})
     ranked = [now for now in decided if isinstance(now.step, Select)]
     score = np.full(table.num_rows, np.nan, np.float32)
     if ranked:
         last = ranked[-1].step
         assert isinstance(last, Select)
         score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
-    licenses = pc.call_function("coalesce", [as_text(table[name]) for name in LICENSE_COLUMNS])
     kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
-    return kept.append_column("license", licenses).filter(pa.array(_surviving(table, decided)))
+    for name, columns in (("license", LICENSE_COLUMNS), ("url", URL_COLUMNS)):
+        first = pc.call_function("coalesce", [as_text(table[column]) for column in columns])
+        kept = kept.append_column(name, first)
+    return kept.filter(pa.array(_surviving(table, decided)))
 
 
 def _needs(decided: Sequence[Decided]) -> frozenset[str]:

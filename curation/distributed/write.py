@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from curation.columns import SELECTED_SCHEMA
 from curation.data import manifest, storage
+from curation.data.shards import ReadRules
 from curation.data.tables import Rechunk, rechunked
 from curation.data.uid_sort import UidSort
 from curation.data.writers import KEPT_SCHEMA, SHARD_FORMAT, remove_tar, write_index, write_subset, write_tar
@@ -88,7 +89,7 @@ def _write_tars(recipe: CurateRecipe, kept: Iterator[pa.Table]) -> dict[str, int
 
     def jobs() -> Iterator[tuple[Any, ...]]:
         for index, rows in enumerate(rechunked(kept, recipe.write.samples_per_shard)):
-            yield recipe.output, index, rows, done.get(index)
+            yield recipe.output, index, rows, done.get(index), recipe.pool.read_rules()
 
     sizes = dict(ordered(_write_tar, jobs()))
     for index in sorted(done.keys() - set(range(len(sizes)))):
@@ -112,14 +113,16 @@ def _most_common(licences: Counter[str]) -> dict[str, int]:
 # What runs in a task.
 
 
-def _write_tar(output: str, index: int, rows: pa.Table, former: dict[str, Any] | None) -> tuple[str, int]:
+def _write_tar(
+    output: str, index: int, rows: pa.Table, former: dict[str, Any] | None, rules: ReadRules
+) -> tuple[str, int]:
     """Commit one tar; returns its name and samples. `former` is the committed record of that index, if there is one."""
     made_by = {"rows": _digest(rows)}
     if former and former["key"] == manifest.digest(made_by):
         return former["name"], former["samples"]
     if former:  # first the manifest: a tar under a manifest of other rows must never be
         storage.delete(manifest.url_of(output, STAGE, index))
-    samples = write_tar(storage.join(output, "shards"), index, rows)
+    samples = write_tar(storage.join(output, "shards"), index, rows, rules=rules)
     name = SHARD_FORMAT.format(index)
     manifest.commit(output, STAGE, index, {"name": name, "samples": samples}, made_by=made_by)
     return name, samples

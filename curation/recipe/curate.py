@@ -189,7 +189,7 @@ class CurateRecipe(WholeRecipe):
 
     def embedded_by(self, *, weights_digest: str, device: str, precision: str) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""
-        pool = self.pool.model_dump(exclude={"shards", "verify"})
+        pool = self.pool.model_dump(exclude={"shards", "verify"}, exclude_none=True)
         return {
             **{f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()},
             "embed.model": self.embed.model,

@@ -28,11 +28,16 @@ class Pool(Part):
     """Which samples a run may choose from, and how they are read."""
 
     shards: str = ""
-    """Paths, globs, brace lists or fsspec URLs of tars, joined by `::`; a folder means its *.tar."""
+    """Paths, globs, brace lists or fsspec URLs of tars or parquet files, joined by `::`; a folder means its *.tar, or,
+    if it has none, its *.parquet."""
     caption_field: str = _READ.caption_field
     """Extension of the member that holds the caption, or json.NAME for a field of the json."""
     image_fields: tuple[str, ...] = _READ.image_fields
-    """Extensions of the member that holds the image; the first that is present wins."""
+    """Extensions of the member (or names of the column) that holds the image; the first that is present wins."""
+    caption_column: str | None = None
+    """Parquet pools: the column that holds the caption; none given: the first of txt, caption, text, in any case."""
+    image_column: str | None = None
+    """Parquet pools: the column that holds the image's bytes; none given: image, an image field, or image_bytes."""
     max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
     """A larger image member is dropped unread."""
     max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from curation.data import storage, writers
 from curation.data.shards import ReadRules, ShardReader
-from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, write_index, write_subset, write_tar
+from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, write_index, write_subset
+
+write_tar = partial(writers.write_tar, rules=ReadRules())
 
 RAW = {"jpg": b"\xff\xd8 raw \x00", "json": b'{\n    "uid": "x",  "license": "CC0"}', "txt": "Bild – ü".encode()}
 UIDS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 2**63, 2**64 - 1])), max_size=20)
