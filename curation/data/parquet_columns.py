@@ -20,7 +20,8 @@ import pyarrow as pa
 from curation.data.shards import Content, ReadRules, caption_of, is_uid, no_image_reason
 
 CAPTION_NAMES = ("txt", "caption", "text")
-KEY_NAMES = ("key", "__key__")
+KEY_NAMES = ("key", "__key__", "image_path")
+"""`image_path` is what clip-retrieval calls a tar's key."""
 UID_BYTES = 16
 
 
@@ -48,13 +49,13 @@ def layout_of(schema: pa.Schema, rules: ReadRules) -> Layout:
     names = list(dict.fromkeys(schema.names))
     usual_images = ("image", *rules.image_fields, "image_bytes")
     usual_captions = (rules.json_caption,) if rules.json_caption else (rules.caption_field, *CAPTION_NAMES)
-    found = [_find(names, name) for name in usual_images]
+    found = [find_name(names, name) for name in usual_images]
     image = next((name for name in found if name is not None and _holds_bytes(types[name])), None)
     if rules.image_column is not None:
-        image = _find(names, rules.image_column)
+        image = find_name(names, rules.image_column)
     captions = (rules.caption_column,) if rules.caption_column is not None else usual_captions
     fields = tuple(name for name in names if name != image and _is_plain(types[name]))
-    uid = _find(names, "uid")
+    uid = find_name(names, "uid")
     return Layout(
         image=image,
         caption=_first(names, captions),
@@ -68,7 +69,7 @@ def layout_of(schema: pa.Schema, rules: ReadRules) -> Layout:
 def check_layout(schema: pa.Schema, rules: ReadRules, *, url: str) -> None:
     """ValueError if the file lacks a column that the recipe names, or has nothing that could be an image or its URL."""
     for field, name in (("caption_column", rules.caption_column), ("image_column", rules.image_column)):
-        if name is not None and _find(schema.names, name) is None:
+        if name is not None and find_name(schema.names, name) is None:
             nearest = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.0)
             hint = f", did you mean {nearest[0]!r}?" if nearest else "."
             raise ValueError(f"pool.{field}: {url} has no column {name!r}{hint} It has {schema.names}")
@@ -79,7 +80,7 @@ def check_layout(schema: pa.Schema, rules: ReadRules, *, url: str) -> None:
             f"pool.image_column: the column {layout.image!r} of {url} is {dtype}; wanted are encoded images as binary, "
             "or as a struct with a binary `bytes`"
         )
-    if layout.image is None and _find(schema.names, "url") is None:
+    if layout.image is None and find_name(schema.names, "url") is None:
         raise ValueError(
             f"{url} has no column of image bytes that is named as usual: name it with pool.image_column. "
             f"It has {schema.names}"
@@ -118,7 +119,7 @@ def contents(
     return result
 
 
-def _find(names: Sequence[str], wanted: str) -> str | None:
+def find_name(names: Sequence[str], wanted: str) -> str | None:
     """The name that is `wanted`, else the first that is in another case."""
     if wanted in names:
         return wanted
@@ -126,7 +127,7 @@ def _find(names: Sequence[str], wanted: str) -> str | None:
 
 
 def _first(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    found = (_find(names, name) for name in wanted)
+    found = (find_name(names, name) for name in wanted)
     return next((name for name in found if name is not None), None)
 
 
@@ -211,13 +212,14 @@ def _checked_caption(cell: bytes | bool, rules: ReadRules) -> tuple[str | None, 
 
 def _uids(column: pa.Array, *, warnings: Counter[str]) -> list[str | None]:
     """Uids of 32 hex digits, from text or 16 bytes; None where there is none, or another thing."""
-    values = [_uid(value) for value in _values(column)]
+    values = [as_uid(value) for value in _values(column)]
     if malformed := sum(value is None for value in values) - column.null_count:
         warnings["uid:malformed"] += malformed
     return values
 
 
-def _uid(value: Any) -> str | None:
+def as_uid(value: Any) -> str | None:
+    """A cell as a uid, from 32 hex digits or 16 bytes; None if it is none."""
     if isinstance(value, bytes) and len(value) == UID_BYTES:
         return value.hex()
     return value.lower() if is_uid(value) else None

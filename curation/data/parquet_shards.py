@@ -10,6 +10,7 @@ the file that it reads from remembers which of them it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -102,6 +103,8 @@ class ParquetReader:
         self._digest = hashlib.sha256()
         self._num_bytes = 0
         self._ended = False
+        self.file_rows: int | None = None
+        """Rows of the whole file, known once reading has begun; None if its footer cannot be read."""
         self.warnings: Counter[str] = Counter()
 
     @property
@@ -133,11 +136,12 @@ class ParquetReader:
         if parquet is None:
             yield _damaged(0, "parquet:unreadable")
             return
+        self.file_rows = file_rows = int(parquet.metadata.num_rows)
         layout = layout_of(parquet.schema_arrow, self._rules)
         if layout.left_out:
             self.warnings["parquet:column_left_out"] += len(layout.left_out)
         first, stop = self._range.first, self._range.stop
-        wanted = range(first, parquet.metadata.num_rows if stop is None else min(stop, parquet.metadata.num_rows))
+        wanted = range(first, file_rows if stop is None else min(stop, file_rows))
         yield from _read(self._raw, parquet, layout, wanted, rules=self._rules, warnings=self.warnings)
 
     def _note(self, sample: Sample) -> None:
@@ -170,6 +174,27 @@ def read_rows(raw: BinaryIO, rows: Sequence[int], *, url: str, rules: ReadRules)
             if content.offset in chosen:
                 yield sample_of(content, row=place, shard=name)
                 place += 1
+
+
+@contextlib.contextmanager
+def opened_file(url: str) -> Iterator[pq.ParquetFile]:
+    """A parquet file that is no shard. ValueError if it is none or damaged; OSError only if the store fails."""
+    with storage.open_read(url) as raw:
+        remembering = _Remembering(raw)
+        parquet = _opened(remembering)
+        if parquet is None:
+            raise ValueError(f"{url} is no parquet file, or its footer is damaged")
+        try:
+            yield parquet
+        except (pa.ArrowException, OSError) as error:
+            if remembering.error is not None:
+                raise remembering.error from None
+            raise ValueError(f"{url} is damaged: {error}") from error
+
+
+def num_rows_of(parquet: pq.ParquetFile) -> int:
+    """Rows of an opened file."""
+    return int(parquet.metadata.num_rows)
 
 
 class _Remembering:

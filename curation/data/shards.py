@@ -75,6 +75,7 @@ WARNINGS: dict[str, str] = {
     "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
     "uid:malformed": "a uid is not 32 hex digits; the sample has the uid of its content",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
+    "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:absent": "a shard is named by the pattern, but is not there",
 }
 """Everything that is counted without dropping a sample."""
@@ -104,6 +105,8 @@ class ReadRules:
     """Parquet pools: the column that holds the caption; if none is named, the first of txt, caption, text."""
     image_column: str | None = None
     """Parquet pools: the column of image bytes; if none is named, `image`, one of image_fields, or image_bytes."""
+    metadata: str | None = None
+    """URL of an index made by metadata.py; its numbers join the fields of the samples, by uid."""
     max_image_bytes: int = 64 << 20
     max_caption_bytes: int = 64 << 10
     max_json_bytes: int = 1 << 20

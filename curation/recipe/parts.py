@@ -38,6 +38,9 @@ class Pool(Part):
     """Parquet pools: the column that holds the caption; none given: the first of txt, caption, text, in any case."""
     image_column: str | None = None
     """Parquet pools: the column that holds the image's bytes; none given: image, an image field, or image_bytes."""
+    metadata: str | None = None
+    """Paths, globs or URLs of parquet files with a column `uid`, such as DataComp's metadata; their numbers become
+    fields of the samples with that uid, where those have none of that name."""
     max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
     """A larger image member is dropped unread."""
     max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)
@@ -55,7 +58,8 @@ class Pool(Part):
 
     def read_rules(self) -> ReadRules:
         """The reader's part of these fields."""
-        return ReadRules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ReadRules)})
+        names = {field.name for field in dataclasses.fields(ReadRules)} - {"metadata"}  # there it is an index's URL
+        return ReadRules(**{name: getattr(self, name) for name in names})
 
 
 class WholeRecipe(Part):
