@@ -26,7 +26,8 @@ import torch
 
 from curation import addresses
 from curation.columns import JSON_PREFIX
-from curation.data import storage, tables
+from curation.data import derived_columns, storage, tables
+from curation.data.derived_columns import DERIVED, sources_of
 from curation.data.json_columns import as_text
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.distributed.tasks import in_groups, ordered
@@ -55,7 +56,8 @@ class Decided(NamedTuple):
     @property
     def needs(self) -> frozenset[str]:
         """Columns of the sample table that the test reads."""
-        return frozenset({self.step.column}) if isinstance(self.step, Threshold) else self.step.selector().needs
+        step = self.step
+        return frozenset(sources_of(step.column)) if isinstance(step, Threshold) else step.selector().needs
 
 
 class StepCount(NamedTuple):
@@ -103,16 +105,19 @@ def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -
 
 
 def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
-    """ValueError if a filter would remove every row because no shard has its column, as a mistyped name would."""
-    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"}
+    """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
+    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"} - DERIVED.keys()
+    for step in steps:
+        if isinstance(step, Select):
+            wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
     if not wanted or not groups:
         return
     known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
     for name in sorted(wanted - known):
-        numbers = sorted(column for column in known if column.startswith(JSON_PREFIX))
-        nearest = difflib.get_close_matches(name, numbers, n=1, cutoff=0.0)
+        own = sorted(column for column in known if column.startswith(JSON_PREFIX))
+        nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
         hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {numbers}")
+        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {own}")
 
 
 def _seed_of_step(seed: int, place: int) -> int:
@@ -254,7 +259,7 @@ def _surviving(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
 
 
 def _within(step: Threshold, table: pa.Table) -> np.ndarray:
-    values = tables.as_numbers(table[step.column], name=step.column)
+    values = derived_columns.numbers(table, step.column)
     low = -np.inf if step.at_least is None else step.at_least
     high = np.inf if step.at_most is None else step.at_most
     return np.where(np.isnan(values), step.nulls == "keep", (values >= low) & (values <= high))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from curation.data.derived_columns import DERIVED
 from curation.recipe.parts import Part, Pool, WholeRecipe, selector_of
 from curation.selector import PoolSelector
 
@@ -72,8 +73,8 @@ class Threshold(Part):
     """A filter: keep the rows whose column lies in [at_least, at_most]."""
 
     column: str
-    """`clip_score`, `width`, `height`, a number among the pool's own fields, such as `json.punsafe`, or a column that
-    `jobs.fit` added, such as `NAME.clip_score`."""
+    """`clip_score`, `width`, `height`, `min_side`, `aspect_ratio`, `caption_words`, `caption_chars`, a number among the
+    pool's own fields, such as `json.punsafe`, or a column that `jobs.fit` added, such as `NAME.clip_score`."""
     at_least: float | None = None
     at_most: float | None = None
     nulls: Literal["drop", "keep"] = "drop"
@@ -81,10 +82,9 @@ class Threshold(Part):
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
-        if self.column not in ("clip_score", "width", "height") and "." not in self.column:
-            raise ValueError(
-                f"column must be clip_score, width, height, json.NAME or PIECE.COLUMN, got {self.column!r}"
-            )
+        ours = ("clip_score", "width", "height", *DERIVED)
+        if self.column not in ours and "." not in self.column:
+            raise ValueError(f"column must be {', '.join(ours)}, json.NAME or PIECE.COLUMN, got {self.column!r}")
         if self.at_least is None and self.at_most is None:
             raise ValueError(f"threshold on {self.column!r} needs at_least or at_most")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:

@@ -187,13 +187,14 @@ def test_datacomps_metadata_alone_give_the_subset_that_datacomps_baseline_gives(
         pq.write_table(table, tmp_path / "metadata" / f"{part:032x}.parquet")
         image, text = (rng.normal(size=(table.num_rows, 16)).astype(np.float16) for _ in range(2))
         np.savez(tmp_path / "metadata" / f"{part:032x}.npz", l14_img=image, l14_txt=text)
-    lowest = float(np.sort(scores)[::-1][int(n * 0.3)])
+    lowest = np.sort(scores)[::-1][int(n * 0.3)]  # what `get_threshold` of its apply_filter.py finds
+    theirs = {"name": "clip_score", "column": "json.clip_l14_similarity_score"}
     summary = curate(
         CurateRecipe(
             pool=Pool(shards=str(tmp_path / "metadata")),
             embed=Embed(cached="datacomp-l14"),
             compute=Compute(actors=1),
-            selection=(Threshold(column="json.clip_l14_similarity_score", at_least=lowest),),
+            selection=(Select(method=theirs, keep_fraction=0.3, ties="datacomp"),),
             write=Write(tars=False),
             output=str(tmp_path / "run"),
         )
