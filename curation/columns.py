@@ -18,7 +18,7 @@ SAMPLE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "uid": (pa.string(), "32 lowercase hex digits: the sample's permanent id"),
     "key": (pa.string(), "the sample's name in its shard"),
     "shard": (pa.string(), "URL of the shard"),
-    "offset": (pa.int64(), "byte offset of the sample's first member header in the shard"),
+    "offset": (pa.int64(), "where the sample begins: byte offset of its first header in a tar, row in a parquet file"),
     "status": (pa.string(), "'ok' or 'dropped'"),
     "reason": (pa.string(), "why it was dropped; null if it was not"),
     "caption": (pa.string(), "the caption; null if there is none"),

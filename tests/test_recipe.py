@@ -3,7 +3,7 @@ import json
 import math
 import sys
 import types
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import tyro
@@ -13,8 +13,10 @@ from pydantic import ValidationError
 
 from curation import methods
 from curation.columns import FORMAT_VERSION
+from curation.data.cached_embeddings import LAYOUTS
 from curation.data.shards import ReadRules
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write, parse_steps
+from curation.recipe.curate import CachedLayout
 
 CLIP = {"name": "clip_score"}
 FILLED = CurateRecipe(
@@ -159,7 +161,7 @@ class TestSteps:
             ({"column": "width", "at_least": 2, "at_most": 1}, r"at_least must not exceed at_most, got 2\.0 > 1\.0"),
             (
                 {"column": "uid", "at_least": 0},
-                "column must be clip_score, width, height, json.NAME or PIECE.COLUMN, got 'uid'",
+                "column must be clip_score, width, .* json.NAME or PIECE.COLUMN, got 'uid'",
             ),
             ({"column": "width", "at_least": math.nan}, "at_least"),
             ({"column": "width", "at_least": 0, "nulls": "zero"}, "nulls"),
@@ -280,6 +282,8 @@ class TestEmbeddedBy:
         [
             {"pool": Pool(caption_field="json.text")},
             {"pool": Pool(image_fields=("webp",))},
+            {"pool": Pool(caption_column="text")},
+            {"pool": Pool(image_column="photo")},
             {"pool": Pool(max_image_bytes=1)},
             {"pool": Pool(max_caption_bytes=1)},
             {"pool": Pool(max_json_bytes=1)},
@@ -330,17 +334,47 @@ class TestEmbeddedBy:
         elsewhere = {
             "pool.shards",
             "pool.verify",
+            "pool.metadata",  # its digest is what counts
+            "embed.cached",  # the next test but one
             "embed.precision",
             "embed.pretrained",
             "embed.checkpoint",
             "embed.seed",
         }
         fields = {f"pool.{name}" for name in Pool.model_fields} | {f"embed.{name}" for name in Embed.model_fields}
-        named = CurateRecipe().embedded_by(**RESOLVED).keys()
+        # Columns are in it only where they are named, so that runs of tars from before there were any go on.
+        columns = Pool(caption_column="c", image_column="i")
+        named = CurateRecipe(pool=columns).embedded_by(**RESOLVED).keys()
         assert fields - elsewhere == {name for name in named if name.startswith(("pool.", "embed."))} - {
             "embed.weights",
             "embed.precision",
         }
+
+    def test_it_changes_with_the_metadata_that_are_joined(self):
+        recipe = CurateRecipe(pool=Pool(metadata="/m"))
+        made_by = [recipe.embedded_by(**RESOLVED, metadata_digest=digest) for digest in ("aa", "bb", None)]
+        assert [fields.get("pool.metadata") for fields in made_by] == ["aa", "bb", None]
+
+    def test_of_cached_embeddings_their_layout_and_the_pool_count_and_no_model(self):
+        recipe = CurateRecipe(embed=Embed(cached="datacomp-b32"), write=Write(tars=False))
+        made_by = recipe.embedded_by(**RESOLVED)
+        assert made_by["embed.cached"] == "datacomp-b32"
+        assert {name for name in made_by if not name.startswith("pool.")} == {"embed.cached"}
+        assert not recipe.embed.has_random_weights
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({}, "holds no images to write: add --write.no-tars"),
+            ({"write": Write(tars=False), "pool": Pool(metadata="/m")}, "is metadata itself"),
+        ],
+    )
+    def test_cached_embeddings_go_with_neither_tars_nor_joined_metadata(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            CurateRecipe(embed=Embed(cached="clip-retrieval"), **fields)
+
+    def test_every_layout_of_cached_embeddings_can_be_read(self):
+        assert set(get_args(CachedLayout)) == set(LAYOUTS)
 
     def test_it_is_json(self):
         made_by = FILLED.embedded_by(**RESOLVED)

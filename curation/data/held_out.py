@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from curation.data import shard_list, storage, tables
 from curation.data.images import ImageError, pixels
-from curation.data.shards import ReadRules, Sample, ShardReader
+from curation.data.open_shard import open_shard
+from curation.data.shards import ReadRules, Sample
 from curation.models.clip import Resize
 
 READ_THREADS = 2
@@ -47,8 +48,8 @@ def read_held_out(
     num_dropped = 0
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for url, _ in storage.list_shards(patterns):
-            with storage.open_read(url) as raw:
-                reader = iter(ShardReader(raw, url=url, rules=rules))
+            with open_shard(url, rules) as shard:
+                reader = iter(shard)
                 while len(samples) < max_samples and (rows := list(islice(reader, ROWS_AT_A_TIME))):
                     for sample, image in zip(rows, pool.map(decode, rows), strict=True):
                         if image is None or sample.caption is None:

@@ -1,6 +1,7 @@
-"""Rows of a curated shard, side by side: image bytes from its tar, columns from its table, joined by key and content.
+"""Rows of a curated shard, side by side: its image bytes, and columns from its table, joined by key and content.
 
-A run of neighbouring rows is one byte range of the tar and some row groups of the table. What does not belong together
+A run of neighbouring rows is one byte range of a tar (or some row groups of a parquet file), and some row groups of the
+table. What does not belong together
 is never paired: a sample whose key or image is not what the table says is an error that names the shard.
 """
 
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from curation.data import storage, tables
-from curation.data.shards import ReadRules, ShardReader
+from curation.data import open_shard, parquet_shards, storage, tables
+from curation.data.shards import ReadRules, Sample, ShardReader
 
 
 class StaleTable(ValueError):
@@ -47,18 +48,30 @@ def read_rows(
     needed = list(dict.fromkeys([*columns, "key", "offset", "sha256"]))
     # One row more: where the next sample begins, this range ends.
     table = tables.read(run, shard_number, needed, rows=range(first, last + 2))
+    if parquet_shards.is_parquet(url):
+        chosen = table.take(pa.array(row_numbers - first))
+        samples = _from_parquet(url, chosen["offset"].to_pylist(), rules)
+        return RowRange(_checked(samples, url, chosen), chosen.select(columns))
     offsets = table["offset"].to_numpy()
     stop = int(offsets[last + 1 - first]) if len(offsets) > last + 1 - first else None
     start = int(offsets[0])
     chosen = table.take(pa.array(row_numbers - first))
     data = storage.read_range(url, start, stop)
-    return RowRange(_images(data, start, url, chosen, rules), chosen.select(columns))
+    samples = iter(ShardReader(io.BytesIO(data), url=url, rules=rules, start=start))
+    return RowRange(_checked(samples, url, chosen), chosen.select(columns))
 
 
-def _images(data: bytes, start: int, url: str, chosen: pa.Table, rules: ReadRules) -> Iterator[ReadRow]:
+def _from_parquet(url: str, rows: list[int], rules: ReadRules) -> Iterator[Sample]:
+    file = open_shard.file_of(url)
+    with storage.open_read(file) as raw:
+        yield from parquet_shards.read_rows(raw, rows, url=file, rules=rules)
+
+
+def _checked(samples: Iterator[Sample], url: str, chosen: pa.Table) -> Iterator[ReadRow]:
+    """The images of the chosen rows among the samples. StaleTable if one is not there as its table says."""
     wanted = chosen.select(["offset", "key", "sha256"]).to_pylist()
     place = 0
-    for sample in ShardReader(io.BytesIO(data), url=url, rules=rules, start=start):
+    for sample in samples:
         if place == len(wanted):
             break
         if sample.offset < wanted[place]["offset"]:

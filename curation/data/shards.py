@@ -20,9 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from curation.addresses import MAX_ROWS_PER_SHARD
 from curation.data.tar import Member, TarReader
@@ -33,13 +33,16 @@ DROP_REASONS: dict[str, str] = {
     "tar:truncated": "the shard ends inside the sample",
     "tar:corrupt_header": "a tar header of the sample is damaged",
     "tar:sparse": "a member of the sample is stored as a sparse file, which no tool of this ecosystem writes",
+    "parquet:unreadable": "the shard is no parquet file, or its footer is damaged",
+    "parquet:damaged": "the row's part of the parquet file is damaged",
     "image:not_downloaded": "a URL without image bytes: a metadata list, to be downloaded with img2dataset first",
-    "image:missing": "no member has one of the recipe's image extensions",
+    "image:missing": "no member has one of the recipe's image extensions; no such column, or null",
+    "image:not_bytes": "the image column holds no bytes",
     "image:empty": "the image member has no bytes",
     "image:too_large": "the image member is above max_image_bytes",
-    "caption:missing": "no caption member, or the json has no such field, or null",
+    "caption:missing": "no caption member or column, or the json has no such field, or null",
     "caption:unreadable": "the json that should hold the caption is broken or above its limits",
-    "caption:not_text": "the json's caption field is no string",
+    "caption:not_text": "the json's caption field, or the caption column, is no string",
     "caption:not_utf8": "the caption member is not UTF-8",
     "caption:too_large": "the caption is above max_caption_bytes",
     "caption:empty": "the caption is blank",
@@ -51,7 +54,11 @@ DROP_REASONS: dict[str, str] = {
     "image:decode_failed": "the header is fine, the pixels are not",
     "image:resize_failed": "the decoded image cannot be brought to the model's size",
     # Raised by embedding.
-    "embedding:not_finite": "the model's embedding of the sample has a NaN or an infinity",
+    "embedding:not_finite": "the sample's embedding has a NaN or an infinity, or is zero",
+    # Raised by reading cached embeddings.
+    "embedding:missing": "no file of embeddings lies beside the shard",
+    "embedding:unreadable": "the file of embeddings is damaged, or holds other arrays than its layout says",
+    "embedding:not_aligned": "the file of embeddings has another number of rows than the shard",
 }
 """Every reason for which a sample is dropped, and what it means. A reason that is not in this list is a defect."""
 
@@ -64,8 +71,11 @@ WARNINGS: dict[str, str] = {
     "json:too_large": "a json is above max_json_bytes; the sample has no fields",
     "json:not_an_object": "a json is a list or a value; the sample has no fields",
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
-    "uid:malformed": "a json's uid is not 32 hex digits; the sample has the uid of its content",
+    "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
+    "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
+    "uid:malformed": "a uid is not 32 hex digits; the sample has the uid of its content",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
+    "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:absent": "a shard is named by the pattern, but is not there",
 }
 """Everything that is counted without dropping a sample."""
@@ -82,12 +92,21 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRules:
-    """Which members make a sample, and how large they may be. Extensions are lower case, without a dot around them."""
+    """Which members or columns make a sample, and how large they may be.
+
+    Extensions are lower case, without a dot around them. Columns are found in any case.
+    """
 
     caption_field: str = "txt"
     """An extension, or `json.NAME` for a field of the json."""
     image_fields: tuple[str, ...] = ("jpg", "png", "jpeg", "webp")
     """Extensions; the first that is present is the image (open_clip's order)."""
+    caption_column: str | None = None
+    """Parquet pools: the column that holds the caption; if none is named, the first of txt, caption, text."""
+    image_column: str | None = None
+    """Parquet pools: the column of image bytes; if none is named, `image`, one of image_fields, or image_bytes."""
+    metadata: str | None = None
+    """URL of an index made by metadata.py; its numbers join the fields of the samples, by uid."""
     max_image_bytes: int = 64 << 20
     max_caption_bytes: int = 64 << 10
     max_json_bytes: int = 1 << 20
@@ -102,6 +121,8 @@ class ReadRules:
                     f"image_fields and caption_field must be lower-case extensions without a dot around them "
                     f"(caption_field also json.NAME), got {extension!r}"
                 )
+        if "" in (self.caption_column, self.image_column):
+            raise ValueError("caption_column and image_column must name a column, got an empty name")
         for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields"):
             if getattr(self, limit) < 1:
                 raise ValueError(f"{limit} must be at least 1, got {getattr(self, limit)}")
@@ -126,7 +147,7 @@ class Sample:
 
     row: int
     offset: int
-    """Byte offset of its first member's header in the shard."""
+    """Byte offset of its first member's header in a tar; its row in a parquet file."""
     key: str
     uid: str
     image: bytes | None
@@ -169,7 +190,7 @@ class ShardReader:
                 raise ValueError(f"shard {self._url} has more than {MAX_ROWS_PER_SHARD} samples; split it")
             yield self._sample(row, content)
 
-    def _contents(self) -> Iterator[_Content]:
+    def _contents(self) -> Iterator[Content]:
         """The samples in order, after it was settled which one bears a damage."""
         before: list[Member] = []
         for group, after in _groups(self._tar):
@@ -187,7 +208,7 @@ class ShardReader:
             before = after
         yield from map(_unnamed, before)
 
-    def _read(self, group: _Group) -> _Content:
+    def _read(self, group: _Group) -> Content:
         """The group's image, caption and json fields, and the first reason to drop it."""
         rules, members = self._rules, group.members
         fields, is_json_broken = self._read_json(members.get("json"))
@@ -198,8 +219,7 @@ class ShardReader:
             caption, caption_reason = _member_caption(members.get(rules.caption_field), rules)
 
         if image is None:
-            is_listed = (fields.get("url") or fields.get("URL")) and fields.get("status") != "success"
-            image_reason = "image:not_downloaded" if is_listed else "image:missing"
+            image_reason = no_image_reason(fields)
         elif not image.size:
             image_reason = "image:empty"
         else:
@@ -207,14 +227,14 @@ class ShardReader:
         reason = group.problem or image_reason or caption_reason
 
         uid = fields.get("uid")
-        if uid is not None and not (isinstance(uid, str) and _UID.fullmatch(uid)):
+        if uid is not None and not is_uid(uid):
             self.warnings["uid:malformed"] += 1
             uid = None
         if len(fields) > rules.max_json_fields:
             self.warnings["json:too_many_fields"] += 1
             fields = dict(list(fields.items())[: rules.max_json_fields])
         data = None if image is None or image.size > rules.max_image_bytes else image.data
-        return _Content(group.key, group.offset, data, caption, fields, uid and uid.lower(), reason)
+        return Content(group.key, group.offset, data, caption, fields, uid and uid.lower(), reason)
 
     def _read_json(self, member: Member | None) -> tuple[dict[str, Any], bool]:
         """The json's fields, and whether there is a json that could not be read. Broken is counted, not a drop."""
@@ -238,21 +258,8 @@ class ShardReader:
             return {}, True
         return fields, False
 
-    def _sample(self, row: int, content: _Content) -> Sample:
-        image = content.image or b""
-        caption = content.caption or ""
-        uid = content.uid or content_uid(self._shard_name, content.key, image=image, caption=caption)
-        return Sample(
-            row=row,
-            offset=content.offset,
-            key=content.key,
-            uid=uid,
-            image=content.image,
-            caption=content.caption,
-            fields=content.fields,
-            sha256=None if content.image is None else hashlib.sha256(content.image).hexdigest(),
-            reason=content.reason,
-        )
+    def _sample(self, row: int, content: Content) -> Sample:
+        return sample_of(content, row=row, shard=self._shard_name)
 
 
 def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1 << 30) -> list[tuple[str, bytes]]:
@@ -288,6 +295,27 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if "__" in key and _META.search(key) else (key, extension)
 
 
+def is_uid(value: Any) -> TypeGuard[str]:
+    """True if a pool's own uid is one: 32 hex digits."""
+    return isinstance(value, str) and _UID.fullmatch(value) is not None
+
+
+def sample_of(content: Content, *, row: int, shard: bytes) -> Sample:
+    """The sample at a row of the shard whose name is `shard`; its own uid, else that of its content."""
+    image, caption = content.image or b"", content.caption or ""
+    return Sample(
+        row=row,
+        offset=content.offset,
+        key=content.key,
+        uid=content.uid or content_uid(shard, content.key, image=image, caption=caption),
+        image=content.image,
+        caption=content.caption,
+        fields=content.fields,
+        sha256=None if content.image is None else hashlib.sha256(content.image).hexdigest(),
+        reason=content.reason,
+    )
+
+
 def shard_name(url: str) -> str:
     """Last folder and file name of a shard's URL: what of its place enters a uid, so that a pool can be moved."""
     path = url
@@ -318,7 +346,7 @@ class _Group:
     problem: str | None = None
 
 
-class _Content(NamedTuple):
+class Content(NamedTuple):
     """A sample before it has a row."""
 
     key: str
@@ -355,9 +383,27 @@ def _groups(tar: TarReader) -> Iterator[tuple[_Group | None, list[Member]]]:
         yield group, damages
 
 
-def _unnamed(damage: Member) -> _Content:
+def _unnamed(damage: Member) -> Content:
     """The row of a damage that no sample bears."""
-    return _Content(f"@{damage.offset}", damage.offset, None, None, {}, None, damage.problem)
+    return Content(f"@{damage.offset}", damage.offset, None, None, {}, None, damage.problem)
+
+
+def no_image_reason(fields: Mapping[str, Any]) -> str:
+    """Why a sample with these fields has no image: only its URL is known, or nothing is."""
+    has_url = any(value for name, value in fields.items() if name.lower() == "url")
+    is_listed = has_url and fields.get("status") != "success"
+    return "image:not_downloaded" if is_listed else "image:missing"
+
+
+def caption_of(data: bytes, rules: ReadRules) -> tuple[str | None, str | None]:
+    """Caption and drop reason from the caption's bytes."""
+    if len(data) > rules.max_caption_bytes:
+        return None, "caption:too_large"
+    try:
+        caption = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None, "caption:not_utf8"
+    return caption, "caption:empty" if _is_blank(caption) else None
 
 
 def _member_caption(member: Member | None, rules: ReadRules) -> tuple[str | None, str | None]:
@@ -366,11 +412,7 @@ def _member_caption(member: Member | None, rules: ReadRules) -> tuple[str | None
         return None, "caption:missing"
     if member.data is None or member.size > rules.max_caption_bytes:
         return None, "caption:too_large"
-    try:
-        caption = member.data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None, "caption:not_utf8"
-    return caption, "caption:empty" if _is_blank(caption) else None
+    return caption_of(member.data, rules)
 
 
 def _json_caption(fields: dict[str, Any], is_json_broken: bool, rules: ReadRules) -> tuple[str | None, str | None]:

@@ -32,7 +32,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from curation.data import remote
 
-SHARD_SUFFIX = ".tar"
+SHARD_SUFFIXES = (".tar", ".parquet")
+"""What a folder means: all its files with the first suffix that one of them has (parquet beside tars is metadata)."""
 GLOB_CHARACTERS = frozenset("*?[")
 BLOCK_BYTES = 8 << 20
 LIST_THREADS = 32
@@ -200,14 +201,14 @@ def list_shards(patterns: str) -> list[ListedShard]:
     """The shards that `patterns` name, sorted by URL, each once; a shard that is named but absent has no fingerprint.
 
     Patterns are joined by `::`; each is a path or URL with brace lists ({00000..00041}, {a,b}) and globs, or a folder,
-    which means all its *.tar. As in a shell, a name that begins with a dot is matched only by a pattern that has the
-    dot; unlike there, a pattern that is itself the name of a file or folder means that. ValueError if a glob or folder
-    matches nothing, or nothing at all is there.
+    which means all its *.tar, or if it has none, all its *.parquet. As in a shell, a name that begins with a dot is
+    matched only by a pattern that has the dot; unlike there, a pattern that is itself the name of a file or folder
+    means that. ValueError if a glob or folder matches nothing, or nothing at all is there.
     """
     expanded = [path for pattern in patterns.split("::") if pattern for path in _braces(pattern)]
     folders: dict[str, list[str]] = defaultdict(list)
     for pattern in expanded:
-        if pattern.endswith(SHARD_SUFFIX) and "/" in pattern and not GLOB_CHARACTERS & set(pattern):
+        if pattern.endswith(SHARD_SUFFIXES) and "/" in pattern and not GLOB_CHARACTERS & set(pattern):
             folders[pattern.rpartition("/")[0]].append(pattern)
     many = {folder: names for folder, names in folders.items() if len(names) > NAMES_ASKED_SINGLY}
     listed = {name for names in many.values() for name in names}
@@ -283,7 +284,8 @@ def _match_in(folder: str, names: Sequence[str]) -> dict[str, str]:
 def _match_local(path: str) -> dict[str, str]:
     # The standard library's glob, because fsspec's passes over symbolic links, of which many a pool is made.
     if os.path.isdir(path):
-        names = glob.glob(join(glob.escape(path), "*" + SHARD_SUFFIX))
+        found = (glob.glob(join(glob.escape(path), "*" + suffix)) for suffix in SHARD_SUFFIXES)
+        names = next(filter(None, found), [])
     elif GLOB_CHARACTERS & set(path) and not os.path.exists(path):
         names = glob.glob(path, recursive=True)
     else:
@@ -296,7 +298,9 @@ def _match_remote(fs: AbstractFileSystem, path: str) -> dict[str, str]:
     info = _info(url)
     # A listing carries sizes and etags already, so a bucket of many shards costs pages, not one request per shard.
     if info is not None and info["type"] == "directory":
-        infos = [info for info in _ls(fs, path) if info["name"].endswith(SHARD_SUFFIX)]
+        inside = list(_ls(fs, path))
+        found = ([info for info in inside if info["name"].endswith(suffix)] for suffix in SHARD_SUFFIXES)
+        infos = next(filter(None, found), [])
     elif info is None and GLOB_CHARACTERS & set(path):
         infos = list(_glob(fs, path))
     else:

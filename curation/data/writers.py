@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.data import storage
-from curation.data.shards import read_sample_members, split_name
+from curation.data import open_shard, storage
+from curation.data.parquet_shards import is_parquet, read_rows
+from curation.data.shards import ReadRules, Sample, read_sample_members, split_name
 
 SUBSET_DTYPE = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 SHARD_FORMAT = "{:05d}.tar"
@@ -38,13 +41,25 @@ KEPT_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("score", pa.float32()),
         ("copies", pa.uint32()),
+        ("caption", pa.string()),
+        ("url", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
 )
-"""The kept samples of a tar, in order of address: where the raw bytes of each lie, and how often it is written."""
+"""The kept samples of a tar, in order of address: where the raw bytes of each lie, how often it is written, and what
+its parquet tells of it."""
 
 ORIGIN_SCHEMA = pa.schema(
     [
+        ("caption", pa.string()),
+        ("url", pa.string()),
         ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
         ("uid", pa.string()),
         ("address", pa.int64()),
         ("score", pa.float32()),
@@ -52,7 +67,7 @@ ORIGIN_SCHEMA = pa.schema(
         ("source_key", pa.string()),
     ]
 )
-"""The parquet beside a curated tar: which sample of the pool each of its keys is."""
+"""The parquet beside a curated tar: img2dataset's columns, and which sample of the pool each of its keys is."""
 
 
 def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> None:
@@ -74,12 +89,13 @@ def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> No
             raise ValueError(f"{url}: {written} uids came, {num_rows} were announced")
 
 
-def write_tar(folder: str, index: int, rows: pa.Table) -> int:
+def write_tar(folder: str, index: int, rows: pa.Table, *, rules: ReadRules) -> int:
     """One curated tar (rows: KEPT_SCHEMA) with its _stats.json and its parquet of origins; returns its samples.
 
-    The members' bytes are those of the pool. A key stays as it was, unless it could leave the folder ("../", "/",
-    "\\") or has control characters, when the uid takes its place, or was used in this tar before, when "-1", "-2", ...
-    follow; so do a sample's further copies. A member whose extension could do as much is left out.
+    The members' bytes are those of the pool; a row of a parquet file becomes an image, a json of its other columns
+    (with `uid`, by which DataComp finds it) and a txt. A key stays as it was, unless it could leave the folder ("../",
+    "/", "\\") or has control characters, when the uid takes its place, or was used in this tar before, when "-1", "-2",
+    ... follow; so do a sample's further copies. A member whose extension could do as much is left out.
     OSError if a shard cannot be read, or no longer holds the sample.
     """
     tar_name, origin_name, stats_name = _file_names(index)
@@ -89,12 +105,14 @@ def write_tar(folder: str, index: int, rows: pa.Table) -> int:
         storage.write_atomic(storage.join(folder, tar_name)) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar,
     ):
-        for row, members in _with_members(rows):
+        for row, members in _with_members(rows, rules):
             for _ in range(row["copies"]):
                 key = _free_key(row, used)
                 for extension, data in members:
                     tar.addfile(_header(f"{key}.{extension}", len(data)), io.BytesIO(data))
-                origins.append({**row, "key": key, "source_key": row["key"]})
+                origins.append(
+                    {**row, "key": key, "source_key": row["key"], "status": "success", "error_message": None}
+                )
     with storage.write_atomic(storage.join(folder, origin_name)) as file:
         columns = [[origin[name] for origin in origins] for name in ORIGIN_SCHEMA.names]
         pq.write_table(pa.table(columns, schema=ORIGIN_SCHEMA), file)
@@ -128,25 +146,68 @@ def _file_names(index: int) -> tuple[str, str, str]:
     return tar_name, f"{stem}.parquet", f"{stem}_stats.json"
 
 
-def _with_members(rows: pa.Table) -> Iterator[tuple[dict[str, Any], list[tuple[str, bytes]]]]:
+def _with_members(rows: pa.Table, rules: ReadRules) -> Iterator[tuple[dict[str, Any], list[tuple[str, bytes]]]]:
     """Each row with its members (extension, bytes); in order of address, so one shard is open at a time."""
-    with ExitStack() as open_shard:
-        url, raw = None, None
-        for row in rows.to_pylist():
-            if raw is None or row["shard"] != url:
-                open_shard.close()
-                url = row["shard"]
-                raw = open_shard.enter_context(storage.open_read(url))
-            try:
-                members = read_sample_members(raw, row["offset"])
-            except ValueError as error:
-                raise _edited(row) from error
-            names = [split_name(name) or ("", "") for name, _ in members]
-            images = {hashlib.sha256(data).hexdigest() for _, data in members}
-            if {key for key, _ in names} != {row["key"]} or row["sha256"] not in images:
+    for url, of_shard in groupby(rows.to_pylist(), key=itemgetter("shard")):
+        with storage.open_read(open_shard.file_of(url)) as raw:
+            yield from (_from_parquet if is_parquet(url) else _from_tar)(raw, list(of_shard), rules)
+
+
+def _from_tar(
+    raw: BinaryIO, rows: list[dict[str, Any]], rules: ReadRules
+) -> Iterator[tuple[dict[str, Any], list[tuple[str, bytes]]]]:
+    for row in rows:
+        try:
+            members = read_sample_members(raw, row["offset"])
+        except ValueError as error:
+            raise _edited(row) from error
+        names = [split_name(name) or ("", "") for name, _ in members]
+        images = {hashlib.sha256(data).hexdigest() for _, data in members}
+        if {key for key, _ in names} != {row["key"]} or row["sha256"] not in images:
+            raise _edited(row)
+        extensions = [extension for _, extension in names]
+        yield row, [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
+
+
+def _from_parquet(
+    raw: BinaryIO, rows: list[dict[str, Any]], rules: ReadRules
+) -> Iterator[tuple[dict[str, Any], list[tuple[str, bytes]]]]:
+    try:
+        samples = read_rows(raw, [row["offset"] for row in rows], url=open_shard.file_of(rows[0]["shard"]), rules=rules)
+        for row, sample in zip(rows, samples, strict=True):
+            found = sample.key, sample.offset, sample.sha256
+            if found != (row["key"], row["offset"], row["sha256"]) or sample.image is None or sample.caption is None:
                 raise _edited(row)
-            extensions = [extension for _, extension in names]
-            yield row, [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
+            yield row, _members_of(sample, row)
+    except ValueError as error:
+        raise _edited(rows[0]) from error
+
+
+def _members_of(sample: Sample, row: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """The members of a parquet row, as img2dataset orders them. `sample` has an image and a caption."""
+    assert sample.image is not None
+    assert sample.caption is not None
+    ours = {"uid": row["uid"], "key": sample.key, "caption": sample.caption}
+    sizes = {"width": row["width"], "height": row["height"]}
+    text = json.dumps(_finite({**sizes, **sample.fields, **ours}), indent=4)
+    members = [(_image_extension(sample.image), sample.image), ("json", text.encode())]
+    return [*members, ("txt", sample.caption.encode())]
+
+
+def _image_extension(image: bytes) -> str:
+    """jpg, png or webp by the first bytes; jpg for all else: open_clip looks for no other, and decodes by the bytes."""
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else "jpg"
+
+
+def _finite(value: Any) -> Any:
+    """A value in which NaN and infinity are null: Python would write them, and no other reader of JSON takes them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _edited(row: Mapping[str, Any]) -> OSError:

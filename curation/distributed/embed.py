@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from curation import addresses
-from curation.data import manifest, storage, tables
+from curation.data import manifest, tables
 from curation.data.images import ImageError, pixels
-from curation.data.shards import ReadRules, Sample, ShardReader
+from curation.data.open_shard import fingerprint as fingerprint_of
+from curation.data.open_shard import open_shard
+from curation.data.shards import ReadRules, Sample
 from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
 
@@ -107,11 +109,9 @@ class ShardEmbed:
         piece = _Piece(self._towers.embedding_dim)
         ahead = AHEAD_BATCHES * spec.batch_size + spec.decode_threads
         with (
-            storage.open_read(url) as raw,
+            open_shard(url, spec.rules) as reader,
             ThreadPoolExecutor(spec.decode_threads, "decode") as pool,
-            _ReadAhead(
-                reader := ShardReader(raw, url=url, rules=spec.rules), pool, self._decode, ahead=ahead
-            ) as decoded,
+            _ReadAhead(reader, pool, self._decode, ahead=ahead) as decoded,
             self._model,
         ):
             for rows in _batches(piece.received(iter(decoded)), spec.batch_size):
@@ -119,7 +119,7 @@ class ShardEmbed:
                 piece.embedded(rows, *self._embed(rows))
                 piece.seconds["forward"] += time.perf_counter() - forward_begun
                 piece.batch_ends.append((time.time(), len(rows)))
-        if storage.fingerprint(url) != fingerprint:
+        if fingerprint_of(url) != fingerprint:
             raise OSError(f"{url} changed while it was read")
 
         write_begun = time.perf_counter()
@@ -284,7 +284,7 @@ class _ReadAhead:
     """
 
     def __init__(
-        self, reader: ShardReader, pool: ThreadPoolExecutor, decode: Callable[[Sample], Decoded], *, ahead: int
+        self, reader: Iterable[Sample], pool: ThreadPoolExecutor, decode: Callable[[Sample], Decoded], *, ahead: int
     ):
         self._reader, self._pool, self._decode = reader, pool, decode
         self._waiting: queue.Queue[Future[Decoded] | BaseException | None] = queue.Queue(maxsize=ahead)

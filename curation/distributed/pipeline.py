@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -18,13 +19,15 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError
 
 from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
-from curation.data import card, manifest, shard_list, storage, tables
+from curation.data import card, manifest, metadata, parquet_shards, shard_list, storage, tables
 from curation.data.lease import Lease
+from curation.data.open_shard import content_digest
 from curation.data.pieces import Pieces, Record
 from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
 from curation.distributed import versions
+from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
@@ -107,7 +110,11 @@ def make_plan(recipe: CurateRecipe) -> Plan:
                 f"shard {number} is committed as {record['url']}, but {recipe.output}/shards.parquet does not say so: "
                 "it was lost or replaced. Restore it, or choose another output."
             )
-    content_of = storage.sha256_of if recipe.pool.verify == "content" else None
+    rules = recipe.pool.read_rules()
+    if recipe.embed.cached:
+        listed = with_embeddings(listed, recipe.embed.cached)
+    listed = parquet_shards.cut(listed, known, rules=None if recipe.embed.cached else rules)
+    content_of = (lambda url: content_digest(url, rules)) if recipe.pool.verify == "content" else None
     shards = shard_list.extend([_with_content(shard, committed) for shard in known], listed, content_of=content_of)
     return Plan(listed, shards, shard_list.present(shards, listed), committed)
 
@@ -147,17 +154,21 @@ class _Embedded(NamedTuple):
     now: list[int]
     pending: dict[str, str]
     seconds: float
-    spec: EmbedSpec
+    spec: EmbedSpec | CachedSpec
     placement: Placement
 
 
 def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
-    placement = place(recipe.compute, precision=recipe.embed.precision)
+    compute = recipe.compute.model_copy(update={"device": "cpu"}) if recipe.embed.cached else recipe.compute
+    placement = place(compute, precision=recipe.embed.precision)
     spec = _embed_spec(recipe, placement)
     manifest.check_same_run(plan.committed.one_of_each_run(), spec.made_by)
     shard_list.save(recipe.output, plan.shards)
     _save_recipe(recipe, spec)
     watch.planned(plan)
+    if spec.rules.metadata and plan.todo:
+        watch.stage("sort metadata")
+        metadata.build(spec.rules.metadata, metadata.listed(recipe.pool.metadata or ""))
     begun = time.time()
     pieces = Pieces(plan.committed)
     manifest.index(recipe.output, EMBED_STAGE, pieces)
@@ -179,14 +190,14 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
     return _Embedded(pieces, pool, now, pending, seconds, spec, placement)
 
 
-def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
+def embed_shards(todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement) -> Iterator[Record]:
     """Embed and commit the shards on a pool of actors; their records, as they are done. ActorsFailed if they cannot."""
     for at in range(0, len(todo), SHARDS_PER_WAVE):
         wave = todo[at : at + SHARDS_PER_WAVE]
         # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
         rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in wave]
         records = ray.data.from_arrow(rows).map_batches(
-            ShardEmbed,
+            CachedEmbed if isinstance(spec, CachedSpec) else ShardEmbed,
             fn_constructor_args=(spec,),
             batch_size=1,
             batch_format="numpy",
@@ -208,8 +219,15 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -
             raise ActorsFailed(f"the embedding actors could not go on: {causes[-1] if causes else error}") from error
 
 
-def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
+def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | CachedSpec:
     embed, compute = recipe.embed, recipe.compute
+    if embed.cached:
+        made_by = recipe.embedded_by(weights_digest="", device=placement.device, precision=placement.precision)
+        return CachedSpec(recipe.output, embed.cached, recipe.pool.read_rules(), made_by)
+    rules, metadata_digest = recipe.pool.read_rules(), None
+    if recipe.pool.metadata:
+        metadata_digest = metadata.digest_of(metadata.listed(recipe.pool.metadata))
+        rules = dataclasses.replace(rules, metadata=metadata.url_of(recipe.output, metadata_digest))
     weights = weights_digest(embed.model, pretrained=embed.pretrained, checkpoint=embed.checkpoint, seed=embed.seed)
     return EmbedSpec(
         output=recipe.output,
@@ -223,12 +241,17 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
         decode_threads=compute.decode_threads,
         torch_threads=compute.torch_threads,
         max_pixels=recipe.pool.max_pixels,
-        rules=recipe.pool.read_rules(),
-        made_by=recipe.embedded_by(weights_digest=weights, device=placement.device, precision=placement.precision),
+        rules=rules,
+        made_by=recipe.embedded_by(
+            weights_digest=weights,
+            device=placement.device,
+            precision=placement.precision,
+            metadata_digest=metadata_digest,
+        ),
     )
 
 
-def _save_recipe(recipe: CurateRecipe, spec: EmbedSpec) -> None:
+def _save_recipe(recipe: CurateRecipe, spec: EmbedSpec | CachedSpec) -> None:
     whole = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),

@@ -25,7 +25,8 @@ import torch
 
 from curation import addresses
 from curation.columns import JSON_PREFIX
-from curation.data import storage, tables
+from curation.data import derived_columns, storage, tables
+from curation.data.derived_columns import DERIVED, sources_of
 from curation.data.json_columns import as_text
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.distributed.tasks import in_groups, ordered
@@ -43,8 +44,9 @@ NPY_HEADER_BYTES = 128
 """Of a one-dimensional int64 array, however long."""
 SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
 OFFLINE_PROGRESS = 0.0
-KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256")
+KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256", "caption", "width", "height")
 LICENSE_COLUMNS = tuple(JSON_PREFIX + name for name in ("license", "licence", "LICENSE"))
+URL_COLUMNS = tuple(JSON_PREFIX + name for name in ("url", "URL"))
 
 
 class Decided(NamedTuple):
@@ -57,7 +59,8 @@ class Decided(NamedTuple):
     @property
     def needs(self) -> frozenset[str]:
         """Columns of the sample table that the test reads."""
-        return frozenset({self.step.column}) if isinstance(self.step, Threshold) else self.step.selector().needs
+        step = self.step
+        return frozenset(sources_of(step.column)) if isinstance(step, Threshold) else step.selector().needs
 
 
 class StepCount(NamedTuple):
@@ -100,21 +103,24 @@ def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequenc
 
 
 def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
-    """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license."""
+    """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license, url."""
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
 
 
 def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
-    """ValueError if a filter would remove every row because no shard has its column, as a mistyped name would."""
-    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"}
+    """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
+    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"} - DERIVED.keys()
+    for step in steps:
+        if isinstance(step, Select):
+            wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
     if not wanted or not groups:
         return
     known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
     for name in sorted(wanted - known):
-        numbers = sorted(column for column in known if column.startswith(JSON_PREFIX))
-        nearest = difflib.get_close_matches(name, numbers, n=1, cutoff=0.0)
+        own = sorted(column for column in known if column.startswith(JSON_PREFIX))
+        nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
         hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {numbers}")
+        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {own}")
 
 
 def _seed_of_step(seed: int, place: int) -> int:
@@ -217,16 +223,18 @@ def _kept(output: str, numbers: list[int], decided: list[Decided]) -> pa.Table:
 
 
 def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table:
-    table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS})
+    table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS, *URL_COLUMNS})
     ranked = [now for now in decided if isinstance(now.step, Select)]
     score = np.full(table.num_rows, np.nan, np.float32)
     if ranked:
         last = ranked[-1].step
         assert isinstance(last, Select)
         score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
-    licenses = pc.call_function("coalesce", [as_text(table[name]) for name in LICENSE_COLUMNS])
     kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
-    return kept.append_column("license", licenses).filter(pa.array(_surviving(table, decided)))
+    for name, columns in (("license", LICENSE_COLUMNS), ("url", URL_COLUMNS)):
+        first = pc.call_function("coalesce", [as_text(table[column]) for column in columns])
+        kept = kept.append_column(name, first)
+    return kept.filter(pa.array(_surviving(table, decided)))
 
 
 def _needs(decided: Sequence[Decided]) -> frozenset[str]:
@@ -259,7 +267,7 @@ def _surviving(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
 
 
 def _within(step: Threshold, table: pa.Table) -> np.ndarray:
-    values = tables.as_numbers(table[step.column], name=step.column)
+    values = derived_columns.numbers(table, step.column)
     low = -np.inf if step.at_least is None else step.at_least
     high = np.inf if step.at_most is None else step.at_most
     return np.where(np.isnan(values), step.nulls == "keep", (values >= low) & (values <= high))

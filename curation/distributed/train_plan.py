@@ -70,6 +70,8 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
     if not storage.exists(storage.join(run, "recipe.json")):
         raise ValueError(f"data.run: {run} is no run of jobs.curate; make it with: {curate_command}")
     curated = manifest.read(storage.join(run, "recipe.json"))
+    if cached := curated["embedded_by"].get("embed.cached"):
+        raise ValueError(f"data.run: {run} is made from cached embeddings ({cached}) and holds no images to train on")
     records = manifest.committed(run, EMBED_STAGE)
     known = [shard for shard in shard_list.load(run) if not shard.retired]
     if pending := [shard.url for shard in known if shard.number not in records]:

@@ -1,7 +1,7 @@
-"""The kept set, written: subset file, table, and tars, one Ray task per tar.
+"""The kept set, written: subset file, table, tars and parts of embeddings, one Ray task for a tar and its part.
 
-A tar is a piece: its manifest, written last, bears the digest of the rows it was made from, so a tar that is there is
-not written again, and one that belongs to a former selection is replaced or removed.
+Both are pieces: a manifest, written last, bears the digest of the rows that a piece was made from, so one that is there
+is not written again, and one that belongs to a former selection is replaced or removed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import pyarrow.parquet as pq
 
 from curation.columns import SELECTED_SCHEMA
 from curation.data import manifest, storage
+from curation.data.embeddings_folder import part_names, remove_part, write_part
+from curation.data.pieces import Pieces
+from curation.data.shards import ReadRules
 from curation.data.tables import Rechunk, rechunked
 from curation.data.uid_sort import UidSort
 from curation.data.writers import KEPT_SCHEMA, SHARD_FORMAT, remove_tar, write_index, write_subset, write_tar
@@ -28,6 +31,7 @@ from curation.numerics.sampling import uid_words
 from curation.recipe import CurateRecipe
 
 STAGE = "write"
+EMBEDDINGS_STAGE = "embeddings"
 ROWS_PER_GROUP = 100_000
 MAX_LICENCES = 100
 
@@ -50,7 +54,8 @@ def write_selection(recipe: CurateRecipe, numbers: Sequence[int], selected: Sele
             pq.ParquetWriter(file, SELECTED_SCHEMA) as table_out,
         ):
             kept = _noted(kept_rows(recipe.output, numbers, selected.decided), table_out, by_uid, licences)
-            sizes = _write_tars(recipe, kept) if recipe.write.tars else _without_tars(kept)
+            writes_pieces = recipe.write.tars or recipe.write.embeddings
+            sizes = _write_pieces(recipe, kept, num_rows=selected.rows) if writes_pieces else _without_pieces(kept)
         words = (np.stack([block["high"], block["low"]], axis=1) for block in by_uid.sorted_blocks())
         write_subset(storage.join(folder, "subset.npy"), words, num_rows=selected.rows)
     if recipe.write.tars:
@@ -82,23 +87,33 @@ def _noted(
     write(groups.rest())
 
 
-def _write_tars(recipe: CurateRecipe, kept: Iterator[pa.Table]) -> dict[str, int]:
-    """Write the tars that are not there yet, remove those of a former selection; samples by tar."""
-    done = manifest.committed(recipe.output, STAGE)
-    manifest.index(recipe.output, STAGE, done)
+def _write_pieces(recipe: CurateRecipe, kept: Iterator[pa.Table], *, num_rows: int) -> dict[str, int]:
+    """Write the pieces that are not there yet, remove those of a former selection; samples by tar."""
+    num_parts = -(-num_rows // recipe.write.samples_per_shard)
+    wanted = PiecesSpec(
+        recipe.output, recipe.write.tars, recipe.write.embeddings, recipe.pool.read_rules(), num_parts=num_parts
+    )
+    tars = manifest.committed(recipe.output, STAGE) if wanted.tars else Pieces()
+    parts = manifest.committed(recipe.output, EMBEDDINGS_STAGE) if wanted.embeddings else Pieces()
+    for stage, made in ((STAGE, tars), (EMBEDDINGS_STAGE, parts)):
+        if made:
+            manifest.index(recipe.output, stage, made)
 
     def jobs() -> Iterator[tuple[Any, ...]]:
         for index, rows in enumerate(rechunked(kept, recipe.write.samples_per_shard)):
-            yield recipe.output, index, rows, done.get(index)
+            yield wanted, index, rows, tars.get(index), parts.get(index)
 
-    sizes = dict(ordered(_write_tar, jobs()))
-    for index in sorted(done.keys() - set(range(len(sizes)))):
+    sizes = dict(ordered(_write_piece, jobs()))
+    for index in sorted(tars.keys() - set(range(len(sizes)))):
         storage.delete(manifest.url_of(recipe.output, STAGE, index))
         remove_tar(storage.join(recipe.output, "shards"), index)
+    for index in sorted(parts.keys() - set(range(len(sizes)))):
+        storage.delete(manifest.url_of(recipe.output, EMBEDDINGS_STAGE, index))
+        remove_part(storage.join(recipe.output, "embeddings"), parts[index]["names"])
     return sizes
 
 
-def _without_tars(kept: Iterator[pa.Table]) -> dict[str, int]:
+def _without_pieces(kept: Iterator[pa.Table]) -> dict[str, int]:
     for _ in kept:
         pass
     return {}
@@ -113,17 +128,51 @@ def _most_common(licences: Counter[str]) -> dict[str, int]:
 # What runs in a task.
 
 
-def _write_tar(output: str, index: int, rows: pa.Table, former: dict[str, Any] | None) -> tuple[str, int]:
-    """Commit one tar; returns its name and samples. `former` is the committed record of that index, if there is one."""
-    made_by = {"rows": _digest(rows)}
+class PiecesSpec(NamedTuple):
+    """Which pieces are written, and from what."""
+
+    output: str
+    tars: bool
+    embeddings: bool
+    rules: ReadRules
+    num_parts: int
+
+
+def _write_piece(
+    wanted: PiecesSpec, index: int, rows: pa.Table, tar: dict[str, Any] | None, part: dict[str, Any] | None
+) -> tuple[str, int]:
+    """Commit a tar and a part, as wanted; returns the tar's name and samples. `tar` and `part` are the committed
+    records of that index, if there are any."""
+    digest, name = _digest(rows), SHARD_FORMAT.format(index)
+    if wanted.embeddings:
+        _write_part(wanted, index, rows, digest, former=part)
+    if not wanted.tars:
+        return name, rows.num_rows
+    return name, _write_tar(wanted, index, rows, digest, former=tar)
+
+
+def _write_tar(wanted: PiecesSpec, index: int, rows: pa.Table, digest: str, *, former: dict[str, Any] | None) -> int:
+    made_by = {"rows": digest}
     if former and former["key"] == manifest.digest(made_by):
-        return former["name"], former["samples"]
+        return former["samples"]
     if former:  # first the manifest: a tar under a manifest of other rows must never be
-        storage.delete(manifest.url_of(output, STAGE, index))
-    samples = write_tar(storage.join(output, "shards"), index, rows)
-    name = SHARD_FORMAT.format(index)
-    manifest.commit(output, STAGE, index, {"name": name, "samples": samples}, made_by=made_by)
-    return name, samples
+        storage.delete(manifest.url_of(wanted.output, STAGE, index))
+    samples = write_tar(storage.join(wanted.output, "shards"), index, rows, rules=wanted.rules)
+    record = {"name": SHARD_FORMAT.format(index), "samples": samples}
+    manifest.commit(wanted.output, STAGE, index, record, made_by=made_by)
+    return samples
+
+
+def _write_part(wanted: PiecesSpec, index: int, rows: pa.Table, digest: str, *, former: dict[str, Any] | None) -> None:
+    folder, names = storage.join(wanted.output, "embeddings"), part_names(index, wanted.num_parts)
+    made_by = {"rows": digest, "names": list(names)}
+    if former and former["key"] == manifest.digest(made_by):
+        return
+    if former:
+        storage.delete(manifest.url_of(wanted.output, EMBEDDINGS_STAGE, index))
+        remove_part(folder, former["names"])
+    write_part(folder, names, output=wanted.output, kept=rows["address"].to_numpy())
+    manifest.commit(wanted.output, EMBEDDINGS_STAGE, index, {"names": list(names)}, made_by=made_by)
 
 
 def _digest(rows: pa.Table) -> str:

@@ -21,9 +21,15 @@ from curation.selector import Rows, Selection
 class ClipScore:
     """The rows with the highest cosine of image and text embedding; the column is made upstream."""
 
-    needs = frozenset({"clip_score", "uid"})
+    column: str = "clip_score"
+    """Ours, or one that came with the pool, such as DataComp's `json.clip_l14_similarity_score`."""
     fixed_size = True
     unbiased = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The score's column, and the uid for ties."""
+        return frozenset({self.column, "uid"})
 
     @property
     def records(self) -> Literal["score"]:
@@ -31,8 +37,8 @@ class ClipScore:
         return "score"
 
     def score(self, rows: Rows, progress: float) -> Tensor:
-        """The column `clip_score` (n,) float32, in [-1, 1]."""
-        return rows["clip_score"].float()
+        """The score's column (n,) float32, in [-1, 1]."""
+        return rows[self.column].float()
 
     def sort_key(self, rows: Rows, progress: float, seed: int) -> Tensor:
         """The score: there is no noise."""

@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from curation.data.derived_columns import DERIVED
 from curation.recipe.parts import Part, Pool, WholeRecipe, selector_of
 from curation.selector import PoolSelector
+
+CachedLayout = Literal["clip-retrieval", "datacomp-b32", "datacomp-l14"]
 
 
 class Embed(Part):
@@ -21,6 +24,9 @@ class Embed(Part):
     """open_clip's tag of pretrained weights, such as laion2b_s34b_b79k."""
     checkpoint: str | None = Field(default=None, min_length=1)
     """A local checkpoint instead; a state dict that fits the model."""
+    cached: CachedLayout | None = None
+    """Embeddings that are there already, beside metadata without images: no model is run. The pool is then the folder
+    `metadata` of a clip-retrieval folder, or DataComp's metadata parquets with their .npz files beside them."""
     seed: int = Field(default=0, ge=0)
     """Seed of random weights, when neither tag nor checkpoint is given; a run with such weights says so."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -39,7 +45,7 @@ class Embed(Part):
     @property
     def has_random_weights(self) -> bool:
         """True if the scores mean nothing."""
-        return self.pretrained is None and self.checkpoint is None
+        return self.pretrained is None and self.checkpoint is None and self.cached is None
 
 
 class Compute(Part):
@@ -67,8 +73,8 @@ class Threshold(Part):
     """A filter: keep the rows whose column lies in [at_least, at_most]."""
 
     column: str
-    """`clip_score`, `width`, `height`, a number among the pool's own fields, such as `json.punsafe`, or a column that
-    `jobs.fit` added, such as `NAME.clip_score`."""
+    """`clip_score`, `width`, `height`, `min_side`, `aspect_ratio`, `caption_words`, `caption_chars`, a number among the
+    pool's own fields, such as `json.punsafe`, or a column that `jobs.fit` added, such as `NAME.clip_score`."""
     at_least: float | None = None
     at_most: float | None = None
     nulls: Literal["drop", "keep"] = "drop"
@@ -76,10 +82,9 @@ class Threshold(Part):
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
-        if self.column not in ("clip_score", "width", "height") and "." not in self.column:
-            raise ValueError(
-                f"column must be clip_score, width, height, json.NAME or PIECE.COLUMN, got {self.column!r}"
-            )
+        ours = ("clip_score", "width", "height", *DERIVED)
+        if self.column not in ours and "." not in self.column:
+            raise ValueError(f"column must be {', '.join(ours)}, json.NAME or PIECE.COLUMN, got {self.column!r}")
         if self.at_least is None and self.at_most is None:
             raise ValueError(f"threshold on {self.column!r} needs at_least or at_most")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
@@ -169,6 +174,9 @@ class Write(Part):
     """The kept samples as tars, their raw bytes untouched."""
     samples_per_shard: int = Field(default=10_000, gt=0)
 
+    embeddings: bool = False
+    """The kept samples' embeddings and metadata as a clip-retrieval folder, `samples_per_shard` a part."""
+
 
 class CurateRecipe(WholeRecipe):
     """A curation run: pool -> embeddings and scores -> a kept set and an account of every sample."""
@@ -187,11 +195,26 @@ class CurateRecipe(WholeRecipe):
     max_drop_fraction: float = Field(default=0.1, ge=0, le=1)
     """The run fails when a larger share of what it read had to be dropped."""
 
-    def embedded_by(self, *, weights_digest: str, device: str, precision: str) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _tars_need_images(self) -> Self:
+        if self.embed.cached and self.write.tars:
+            raise ValueError("a pool of cached embeddings holds no images to write: add --write.no-tars")
+        if self.embed.cached and self.pool.metadata:
+            raise ValueError("a pool of cached embeddings is metadata itself: pool.metadata joins those to shards")
+        return self
+
+    def embedded_by(
+        self, *, weights_digest: str, device: str, precision: str, metadata_digest: str | None = None
+    ) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""
-        pool = self.pool.model_dump(exclude={"shards", "verify"})
+        pool = self.pool.model_dump(exclude={"shards", "verify", "metadata"}, exclude_none=True)
+        pool_fields = {f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()}
+        if metadata_digest:
+            pool_fields["pool.metadata"] = metadata_digest
+        if self.embed.cached:
+            return {**pool_fields, "embed.cached": self.embed.cached}
         return {
-            **{f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()},
+            **pool_fields,
             "embed.model": self.embed.model,
             "embed.weights": weights_digest,
             "embed.precision": precision,

@@ -28,11 +28,19 @@ class Pool(Part):
     """Which samples a run may choose from, and how they are read."""
 
     shards: str = ""
-    """Paths, globs, brace lists or fsspec URLs of tars, joined by `::`; a folder means its *.tar."""
+    """Paths, globs, brace lists or fsspec URLs of tars or parquet files, joined by `::`; a folder means its *.tar, or,
+    if it has none, its *.parquet."""
     caption_field: str = _READ.caption_field
     """Extension of the member that holds the caption, or json.NAME for a field of the json."""
     image_fields: tuple[str, ...] = _READ.image_fields
-    """Extensions of the member that holds the image; the first that is present wins."""
+    """Extensions of the member (or names of the column) that holds the image; the first that is present wins."""
+    caption_column: str | None = None
+    """Parquet pools: the column that holds the caption; none given: the first of txt, caption, text, in any case."""
+    image_column: str | None = None
+    """Parquet pools: the column that holds the image's bytes; none given: image, an image field, or image_bytes."""
+    metadata: str | None = None
+    """Paths, globs or URLs of parquet files with a column `uid`, such as DataComp's metadata; their numbers become
+    fields of the samples with that uid, where those have none of that name."""
     max_image_bytes: int = Field(default=_READ.max_image_bytes, gt=0)
     """A larger image member is dropped unread."""
     max_caption_bytes: int = Field(default=_READ.max_caption_bytes, gt=0)
@@ -50,7 +58,8 @@ class Pool(Part):
 
     def read_rules(self) -> ReadRules:
         """The reader's part of these fields."""
-        return ReadRules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ReadRules)})
+        names = {field.name for field in dataclasses.fields(ReadRules)} - {"metadata"}  # there it is an index's URL
+        return ReadRules(**{name: getattr(self, name) for name in names})
 
 
 class WholeRecipe(Part):

@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.data import storage, writers
+from curation.data.open_shard import open_shard
 from curation.data.shards import ReadRules, ShardReader
-from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, write_index, write_subset, write_tar
+from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, write_index, write_subset
+
+write_tar = partial(writers.write_tar, rules=ReadRules())
 
 RAW = {"jpg": b"\xff\xd8 raw \x00", "json": b'{\n    "uid": "x",  "license": "CC0"}', "txt": "Bild – ü".encode()}
 UIDS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 2**63, 2**64 - 1])), max_size=20)
@@ -216,6 +219,8 @@ class TestTar:
         assert json.loads(storage.read_bytes(storage.join(folder, "00012_stats.json"))) == {"successes": 3}
         origins = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, "00012.parquet"))))
         assert origins.schema.equals(ORIGIN_SCHEMA)
+        assert origins["status"].to_pylist() == ["success"] * 3
+        assert origins["source_key"].equals(rows["key"])
         shared = ["uid", "address", "score", "shard"]
         assert origins.select(shared).equals(rows.select(shared))
 
@@ -232,6 +237,79 @@ class TestTar:
         keys = [writers._free_key({"key": "k", "uid": ""}, used) for _ in range(10_000)]
         assert len(set(keys)) == 10_000
         assert used.total() < 3 * 10_000
+
+
+class TestParquetRows:
+    """Tars from the rows of a parquet file."""
+
+    PNG = b"\x89PNG\r\n\x1a\n rest"
+    WEBP = b"RIFF\0\0\0\0WEBP rest"
+
+    @pytest.fixture
+    def pool(self, tmp_path):
+        table = pa.table(
+            {
+                "image": [b"\xff\xd8 a", self.PNG, self.WEBP, b"GIF89a"],
+                "text": ["a", "b – ü", "c", "d"],
+                "key": ["../x", "k", "k", None],
+                "score": [1.5, float("nan"), float("inf"), None],
+                "tags": [["x"], [], None, ["y", "z"]],
+            }
+        )
+        pq.write_table(table, tmp_path / "pool.parquet", row_group_size=2)
+        return self.rows(str(tmp_path / "pool.parquet"))
+
+    @staticmethod
+    def rows(url, **values):
+        with open_shard(url, ReadRules()) as reader:
+            samples = list(reader)
+        names = ("uid", "key", "offset", "sha256", "caption")
+        given = {"address": 0, "shard": url, "score": 0.5, "copies": 1, "width": 4, "height": 3, **values}
+        return kept({**given, **{name: getattr(sample, name) for name in names}} for sample in samples)
+
+    def test_a_row_is_an_image_a_json_of_its_columns_and_a_caption(self, pool, tmp_path):
+        assert write_tar(str(tmp_path / "out"), 0, pool) == 4
+        members = members_of(str(tmp_path / "out" / "00000.tar"))
+        first = pool["uid"][0].as_py()  # its key could leave a folder
+        assert [name for name, _ in members] == [
+            f"{key}.{extension}"
+            for key, image in ((first, "jpg"), ("k", "png"), ("k-1", "webp"), ("000000003", "jpg"))
+            for extension in (image, "json", "txt")
+        ]
+        assert [data for name, data in members if name.endswith(("jpg", "png", "webp"))] == [
+            b"\xff\xd8 a",
+            self.PNG,
+            self.WEBP,
+            b"GIF89a",
+        ]
+        assert [data.decode() for name, data in members if name.endswith("txt")] == ["a", "b – ü", "c", "d"]
+        fields = [json.loads(data, parse_constant=pytest.fail) for name, data in members if name.endswith("json")]
+        assert [f["uid"] for f in fields] == pool["uid"].to_pylist()
+        assert [f["score"] for f in fields] == [1.5, None, None, None]
+        assert [f["tags"] for f in fields] == [["x"], [], None, ["y", "z"]]
+        assert {(f["width"], f["height"]) for f in fields} == {(4, 3)}
+
+    def test_what_is_written_has_the_uids_of_the_rows(self, pool, tmp_path):
+        write_tar(str(tmp_path / "out"), 0, pool)
+        again = rows_of(str(tmp_path / "out" / "00000.tar"))
+        assert again["uid"].to_pylist() == pool["uid"].to_pylist()
+
+    def test_chosen_rows_of_ranges_and_a_tar_are_written_in_one_go(self, pool, tmp_path):
+        of_tar = write_pool(str(tmp_path / "pool.tar"), [("t", RAW)])
+        url = str(tmp_path / "pool.parquet")
+        second, third = changed(pool.slice(1, 1), shard=f"{url}#rows=0000000000:0000000002"), pool.slice(2, 1)
+        third = changed(third, shard=f"{url}#rows=0000000002:0000000004", copies=2)
+        rows = pa.concat_tables([second, third, of_tar])
+        assert write_tar(str(tmp_path / "out"), 0, rows) == 4
+        assert keys_of(str(tmp_path / "out" / "00000.tar")) == ["k", "k-1", "k-2", "t"]
+
+    @pytest.mark.parametrize(
+        "wrong", [{"offset": 0}, {"offset": 4}, {"key": "other"}, {"sha256": "0" * 64}, {"sha256": None}]
+    )
+    def test_a_file_that_no_longer_holds_the_row_writes_nothing(self, pool, tmp_path, wrong):
+        with pytest.raises(OSError, match="no longer holds sample .* it was edited"):
+            write_tar(str(tmp_path / "out"), 0, changed(pool.slice(1, 1), **wrong))
+        assert storage.names_in(str(tmp_path / "out")) == []
 
 
 class TestIndex:

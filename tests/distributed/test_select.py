@@ -147,3 +147,20 @@ def test_grouping_shards_into_tasks_changes_nothing(pool: str, monkeypatch: pyte
     whole = run(pool, steps)[1]["address"].to_pylist()
     monkeypatch.setattr("curation.distributed.tasks.SHARDS_PER_TASK", 1)
     assert run(pool, steps)[1]["address"].to_pylist() == whole
+
+
+def test_a_field_of_the_pool_can_be_the_score_and_must_be_there(pool: str) -> None:
+    step = Select(method={"name": "clip_score", "column": "json.aesthetic"}, keep=3)
+    _, kept = run(pool, [step])
+    # The shard of 40 rows has row / 2, but none in every fifth row; every seventh from the third on is dropped.
+    assert sorted(kept["score"].to_pylist()) == sorted([row / 2 for row in range(40) if row % 5 and row % 7 != 3])[-3:]
+    with pytest.raises(ValueError, match="no shard has a column 'json.esthetic', did you mean 'json.aesthetic'"):
+        run(pool, [Select(method={"name": "clip_score", "column": "json.esthetic"}, keep=3)])
+
+
+def test_a_derived_column_is_a_filter(pool: str) -> None:
+    wide = [Threshold(column="width", at_least=20)]
+    derived = [Threshold(column="min_side", at_least=20)]  # no height is known
+    assert run(pool, derived)[1].num_rows == 0
+    kept_anyway = [Threshold(column="min_side", at_least=20, nulls="keep"), *wide]
+    assert run(pool, kept_anyway)[1]["key"].to_pylist() == run(pool, wide)[1]["key"].to_pylist()

@@ -32,3 +32,10 @@ def test_the_score_is_the_column_whatever_the_seed():
     rows = rows_of([0.1, 0.4])
     assert torch.equal(ClipScore().score(rows, 0.0), rows["clip_score"])
     assert torch.equal(ClipScore().sort_key(rows, 0.0, 1), ClipScore().sort_key(rows, 0.9, 2))
+
+
+def test_a_score_that_came_with_the_pool_takes_the_place_of_ours():
+    rows = {**rows_of([0.1, 0.4, 0.2]), "json.theirs": torch.tensor([0.3, 0.1, 0.2])}
+    selector = ClipScore(column="json.theirs")
+    assert selector.needs == {"json.theirs", "uid"}
+    assert selector.select(rows, 2, 0.0, Generator()).indices.tolist() == [0, 2]
