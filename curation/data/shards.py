@@ -65,6 +65,7 @@ WARNINGS: dict[str, str] = {
     "json:not_an_object": "a json is a list or a value; the sample has no fields",
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
     "uid:malformed": "a json's uid is not 32 hex digits; the sample has the uid of its content",
+    "image:not_plain_jpeg": "no plain JPEG: with resize fast, it was decoded and resized the exact way",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
     "shard:absent": "a shard is named by the pattern, but is not there",
 }

@@ -28,7 +28,7 @@ from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.write import write_selection
-from curation.models.clip import weights_digest
+from curation.models.clip import load_fast_resize, weights_digest
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000
@@ -204,6 +204,8 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
     embed, compute = recipe.embed, recipe.compute
+    if embed.resize == "fast":  # a model whose transform it does not know is refused here, not by every actor
+        load_fast_resize(embed.model, pretrained=embed.pretrained)
     weights = weights_digest(embed.model, pretrained=embed.pretrained, checkpoint=embed.checkpoint, seed=embed.seed)
     return EmbedSpec(
         output=recipe.output,
@@ -213,6 +215,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
         seed=embed.seed,
         precision=placement.precision,
         device=placement.device,
+        resize=embed.resize,
         batch_size=embed.batch_size,
         decode_threads=compute.decode_threads,
         torch_threads=compute.torch_threads,

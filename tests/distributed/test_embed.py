@@ -42,6 +42,7 @@ def embed(towers: Towers, tmp_path: Path) -> Callable[..., ShardEmbed]:
             seed=0,
             precision="float32",
             device="cpu",
+            resize="exact",
             batch_size=BATCH,
             decode_threads=2,
             torch_threads=1,
