@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from curation import addresses
@@ -47,6 +48,7 @@ class EmbedSpec:
     decode_threads: int
     torch_threads: int
     max_pixels: int
+    staged: bool
     rules: ReadRules
     made_by: Mapping[str, Any]
 
@@ -160,7 +162,7 @@ class ShardEmbed:
             raise OSError(f"{url} changed while it was read")
 
         write_begun = time.perf_counter()
-        tables.write(spec.output, number, tables.sample_table(piece.columns(number, url), piece.fields()))
+        tables.write(spec.output, number, piece.table(number, url))
         piece.seconds["write"] = time.perf_counter() - write_begun
         record = {
             "shard": number,
@@ -229,12 +231,17 @@ class Piece:
         """What is counted of the rows besides drops."""
         return Counter({FELL_BACK: sum(row.fell_back for row in self._rows)})
 
-    def fields(self) -> list[dict[str, Any]]:
-        """Each row's json fields."""
-        return [row.sample.fields for row in self._rows]
+    def table(self, number: int, url: str) -> pa.Table:
+        """The shard's sample table."""
+        return tables.sample_table(self._columns(number, url), [row.sample.fields for row in self._rows])
 
-    def columns(self, number: int, url: str) -> dict[str, Any]:
-        """Our columns of the sample table; rows are numbered from the first one received."""
+    def part_table(self, number: int, url: str, *, fields_column: str) -> pa.Table:
+        """The rows' part of the shard's sample table, with their json fields as JSON in a column of their own."""
+        table = tables.sample_table(self._columns(number, url), [{}] * len(self._rows))
+        texts = [json.dumps(row.sample.fields) for row in self._rows]
+        return table.append_column(fields_column, pa.array(texts, pa.string()))
+
+    def _columns(self, number: int, url: str) -> dict[str, Any]:
         scores = iter(np.concatenate(self._scores).tolist())
         rows = self._rows
         return {

@@ -27,6 +27,7 @@ from curation.distributed import versions
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.staged import staged_shards
 from curation.distributed.write import write_selection
 from curation.models.clip import load_fast_resize, weights_digest
 from curation.recipe import CurateRecipe
@@ -175,31 +176,35 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
 
 def embed_shards(todo: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
     """Embed and commit the shards on a pool of actors; their records, as they are done. ActorsFailed if they cannot."""
+    embed_wave = staged_shards if spec.staged else _fused_shards
     for at in range(0, len(todo), SHARDS_PER_WAVE):
-        wave = todo[at : at + SHARDS_PER_WAVE]
-        # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
-        rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in wave]
-        records = ray.data.from_arrow(rows).map_batches(
-            ShardEmbed,
-            fn_constructor_args=(spec,),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(
-                size=min(placement.actors, len(wave)),
-                max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
-                max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=placement.num_cpus or None,
-            num_gpus=placement.num_gpus or None,
-        )
         try:
-            for row in records.iter_rows():
-                yield json.loads(row["record"])
+            yield from embed_wave(todo[at : at + SHARDS_PER_WAVE], spec, placement)
         except ActorDiedError as error:
             # Ray tells the cause as the text of a traceback; the error in it is the last line that names one.
             causes = re.findall(r"^\w+Error: .*$", str(error), re.MULTILINE)
             raise ActorsFailed(f"the embedding actors could not go on: {causes[-1] if causes else error}") from error
+
+
+def _fused_shards(shards: Sequence[Shard], spec: EmbedSpec, placement: Placement) -> Iterator[Record]:
+    # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
+    rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in shards]
+    records = ray.data.from_arrow(rows).map_batches(
+        ShardEmbed,
+        fn_constructor_args=(spec,),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(
+            size=min(placement.actors, len(shards)),
+            max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
+            max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=placement.num_cpus or None,
+        num_gpus=placement.num_gpus or None,
+    )
+    for row in records.iter_rows():
+        yield json.loads(row["record"])
 
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
@@ -220,6 +225,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec:
         decode_threads=compute.decode_threads,
         torch_threads=compute.torch_threads,
         max_pixels=recipe.pool.max_pixels,
+        staged=compute.mode == "staged",
         rules=recipe.pool.read_rules(),
         made_by=recipe.embedded_by(weights_digest=weights, device=placement.device, precision=placement.precision),
     )

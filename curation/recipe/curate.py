@@ -46,6 +46,9 @@ class Embed(Part):
 class Compute(Part):
     """Where the work runs."""
 
+    mode: Literal["fused", "staged"] = "fused"
+    """fused: an embedding actor reads and decodes for itself. staged: tasks on any CPU of the cluster do it for the
+    actors, for nodes without a GPU and for models that outrun their node's cores. The result is the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if the cluster has a GPU, else cpu."""
     actors: int | None = Field(default=None, gt=0)
@@ -53,7 +56,7 @@ class Compute(Part):
     gpus_per_actor: float = Field(default=1.0, gt=0)
     """Share of a GPU that an actor takes; 0.5 puts two actors on each."""
     decode_threads: int = Field(default=2, gt=0)
-    """Threads per actor that decode and tokenise ahead of the model."""
+    """Threads per actor that decode and tokenise ahead of the model; in staged mode, each task has one."""
     torch_threads: int = Field(default=1, gt=0)
     """CPU threads per actor for the model itself; CPUs that a CPU actor takes."""
 

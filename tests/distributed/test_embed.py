@@ -47,6 +47,7 @@ def embed(towers: Towers, tmp_path: Path) -> Callable[..., ShardEmbed]:
             decode_threads=2,
             torch_threads=1,
             max_pixels=90_000_000,
+            staged=False,
             rules=RULES,
             made_by={"test": True},
         )
