@@ -8,10 +8,10 @@ What open_clip sees is what comes out: the first frame, no rotation by EXIF (ope
 TIFF), and modes that Pillow resizes and converts well are passed on untouched. The others (16-bit, float, Lab, palette
 with alpha, premultiplied) would crash open_clip or come out black or white; they are brought to 8 bits first.
 
-`fast_pixels` is the cheap way for plain JPEGs, five times faster for a 512 px image and a 224 px model: libjpeg-turbo
-decodes at 1/2, 1/4 or 1/8 of the size, as its scaled DCT gives it, and only what is left is resampled. The pixels differ
-a little from open_clip's (`python -m jobs.benchmark decode` says by how much, in CLIP score). Whatever is no plain JPEG,
-or makes libjpeg-turbo so much as warn, goes the exact way: so it decodes, or is refused for its reason, as ever.
+`fast_pixels` is the cheap way for plain JPEGs, about five times faster for a 512 px image and a 224 px model:
+libjpeg-turbo decodes at 1/2, 1/4 or 1/8 of the size, as its scaled DCT gives it, and only what is left is resampled.
+The pixels differ a little from open_clip's (`python -m jobs.benchmark decode` says by how much, in CLIP score).
+Whatever is no plain JPEG, or makes libjpeg-turbo so much as warn, goes the exact way: it decodes, or has its reason.
 
 Safe to call from threads: nothing global changes at call time. libtiff prints its complaints to stderr from C; those
 alone cannot be silenced from here.
@@ -95,8 +95,10 @@ class Pixels(NamedTuple):
 class ScaledResize(Protocol):
     """Brings a JPEG that was decoded at a part of its size to the model's size."""
 
-    min_size: tuple[int, int]
-    """Height and width that it wants at least, so that nothing is enlarged which was larger in the file."""
+    @property
+    def min_size(self) -> tuple[int, int]:
+        """Height and width that it wants at least, so that nothing is enlarged which was larger in the file."""
+        ...
 
     def __call__(self, pixels: np.ndarray, *, height: int, width: int) -> np.ndarray:
         """uint8 (h, w, 3) of an image stored as `height` x `width` -> uint8 (S_h, S_w, 3)."""

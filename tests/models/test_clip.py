@@ -128,12 +128,13 @@ def test_the_resize_alone_is_the_towers_resize_and_travels_between_processes(tow
 def test_the_fast_resize_of_an_unscaled_image_is_the_exact_one_but_for_rounding(
     preprocess: PreprocessCfg, size: tuple[int, int]
 ) -> None:
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    # No black and white: where a filter overshoots, what comes out depends on which axis is resized first.
+    image = Image.fromarray(np.random.default_rng(1).integers(80, 176, (size[1], size[0], 3), dtype=np.uint8))
     exact = Resize(preprocess)(image)
     fast = FastResize(preprocess)(np.array(image), height=size[1], width=size[0])
     assert fast.shape == exact.shape and fast.dtype == np.uint8
     difference = np.abs(fast.astype(int) - exact.astype(int))
-    assert difference.max() <= 8 and difference.mean() < 0.5  # torch's weights are 16-bit integers
+    assert difference.max() <= 2 and difference.mean() < 0.5
 
 
 def test_the_fast_resize_crops_by_the_size_as_stored_not_by_what_the_scaled_decoding_rounded_it_to() -> None:
