@@ -132,7 +132,8 @@ def _scaled_jpeg(data: bytes, *, max_pixels: int, min_size: tuple[int, int]) -> 
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        stored_height, stored_width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = int(stored_height), int(stored_width)
         is_extreme = height * width > max_pixels or max(height, width) > MAX_ASPECT * min(height, width)
         if is_extreme or colorspace not in _PLAIN_JPEG:
             return None

@@ -31,6 +31,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from curation.data import manifest, storage, tables
+from curation.data.json_columns import TOO_DEEP
 from curation.data.shard_list import Shard
 from curation.data.shards import Sample, ShardReader
 from curation.distributed.decode import Decoded, ReadAhead, SampleDecoder
@@ -66,7 +67,7 @@ def staged_shards(shards: Sequence[Shard], spec: EmbedSpec, placement: Placement
     _remove_parts(spec.output)
     rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in shards]
     decoded = ray.data.from_arrow(rows).map_batches(
-        decode_shard,
+        cast(Any, decode_shard),
         fn_kwargs={"spec": spec},
         batch_size=1,
         batch_format="numpy",
@@ -223,7 +224,7 @@ def _one_binary(values: np.ndarray) -> pa.Array:
 def _row_text(row: Decoded) -> Record:
     """What of a row JSON can hold: all but pixels and tokens."""
     sample = {field.name: getattr(row.sample, field.name) for field in dataclasses.fields(Sample)}
-    fields = {name: value if _fits_json(value) else tables.TOO_DEEP for name, value in row.sample.fields.items()}
+    fields = {name: value if _fits_json(value) else TOO_DEEP for name, value in row.sample.fields.items()}
     return {**row._asdict(), "sample": {**sample, "fields": fields}, "pixels": None, "tokens": None}
 
 
@@ -308,18 +309,18 @@ def _values(table: pa.Table, name: str) -> Any:
     """A column as `sample_table` takes it: an embedding only of the rows that are ok."""
     if not pa.types.is_fixed_size_list(table.schema.field(name).type):
         return table[name].to_pylist()
-    ok = table.filter(pc.equal(table["status"], "ok"))
+    ok = table.filter(pc.field("status") == "ok")
     return tables.as_array(ok[name], name=name)
 
 
 def _record(parts: Sequence[Record], *, seconds: float) -> Record:
     """The piece's account: the sum of its parts', and what was known at the shard's end."""
     end = cast(Record, next(part["end"] for part in parts if part["end"] is not None))
-    dropped, warnings, spent = Counter[str](), Counter[str](end["warnings"]), Counter[str]()
+    dropped, warnings = Counter[str](), Counter[str](end["warnings"])
     for part in parts:
         dropped.update(part["dropped"])
         warnings.update({name: n for name, n in part["warnings"].items() if name != "gpu:batch_halved"})
-        spent.update(part["seconds"])
+    spent: dict[str, float] = {name: sum(part["seconds"][name] for part in parts) for name in parts[0]["seconds"]}
     spent["write"] += seconds
     halved = max(part["warnings"].get("gpu:batch_halved", 0) for part in parts)
     return {

@@ -17,16 +17,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from torchvision.transforms import Compose
 
-from curation.data.images import ImageError, fast_pixels, pixels
+from curation.data.images import ImageError, fast_pixels, open_image, pixels
 from curation.data.shards import ReadRules, ShardReader
 from curation.data.storage import list_shards, open_read
 from curation.models.clip import FastResize, Towers, build_network, load_fast_resize, load_resize, load_towers
@@ -85,7 +86,7 @@ def _enlarged(image: bytes, rng: np.random.Generator, quality: int = QUALITY) ->
 def race(images: Sequence[bytes], *, pairs: int) -> dict[str, Any]:
     """Images per CPU second on one core, of both sides, in interleaved pairs."""
     resize, exact = load_fast_resize(MODEL_224), load_resize(MODEL_224)
-    transform = open_clip.image_transform(exact.image_size[0], is_train=False)
+    transform = cast(Compose, open_clip.image_transform(exact.image_size[0], is_train=False))
     normalising = build_network(MODEL)  # the nano model normalises as the large one does
     seen: dict[str, list[float]] = {"fast": [], "fast_normalised": [], "clip": []}
 
@@ -157,23 +158,25 @@ def _rows(shards: str) -> list[tuple[bytes, str]]:
     for shard in list_shards(shards):
         with open_read(shard.url) as raw:
             for sample in ShardReader(raw, url=shard.url, rules=ReadRules()):
-                if sample.reason is None and sample.image is not None and sample.caption is not None:
+                if sample.reason is not None or sample.image is None or sample.caption is None:
+                    continue
+                with suppress(ImageError):  # some of the demo's images are corrupt
+                    open_image(sample.image, max_pixels=MAX_PIXELS)
                     rows.append((sample.image, sample.caption))
     return rows
 
 
 def scores(towers: Towers, rows: Sequence[tuple[bytes, str]]) -> Scores:
-    """Both ways' CLIP scores of the rows whose images decode."""
-    exact, fast = partial(pixels, resize=towers.resize), FastResize(towers.resize.preprocess)
-    images: list[tuple[np.ndarray, np.ndarray]] = []
-    captions = []
-    for image, caption in rows:
-        try:
-            ours = fast_pixels(image, max_pixels=MAX_PIXELS, fast=fast, exact=towers.resize)
-            images.append((exact(image, max_pixels=MAX_PIXELS).pixels, ours.pixels))
-            captions.append(caption)
-        except ImageError:
-            continue  # one of the demo's corrupt files: refused either way
+    """The rows' CLIP scores, both ways."""
+    exact, fast = towers.resize, FastResize(towers.resize.preprocess)
+    captions = [caption for _, caption in rows]
+    images = [
+        (
+            pixels(image, max_pixels=MAX_PIXELS, resize=exact).pixels,
+            fast_pixels(image, max_pixels=MAX_PIXELS, fast=fast, exact=exact).pixels,
+        )
+        for image, _ in rows
+    ]
     texts = towers.embed_texts(towers.tokenize(captions))
     both = (towers.embed_images(torch.from_numpy(np.stack(way))) for way in zip(*images, strict=True))
     return Scores(*(cosine(images_ND, texts).numpy() for images_ND in both))

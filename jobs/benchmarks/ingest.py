@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from curation.data.shards import ReadRules, Sample, ShardReader, split_name
 from curation.data.storage import list_shards
@@ -125,9 +125,9 @@ def samples(urls: list[str]) -> Iterator[Sample]:
 
 def webdataset_samples(urls: list[str]) -> Iterator[dict[str, Any]]:
     """A sample's members by extension, its key, and where it is from."""
-    import webdataset
+    import webdataset as wds
 
-    return iter(webdataset.WebDataset(urls, shardshuffle=False))
+    return iter(cast(Any, wds).WebDataset(urls, shardshuffle=False))
 
 
 def _write_pool(folder: Path, images: list[bytes], *, samples: int) -> str:
@@ -232,14 +232,16 @@ def _decoded_by_us(url: str) -> dict[str, Any]:
 
 
 def _decoded_by_webdataset(url: str, *, goes_on: bool) -> dict[str, Any]:
-    import webdataset
+    import webdataset as wds
 
-    handler = webdataset.warn_and_continue if goes_on else webdataset.reraise_exception
+    handler = cast(Any, wds).warn_and_continue if goes_on else cast(Any, wds).reraise_exception
     out, error = 0, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            source = webdataset.WebDataset([url], shardshuffle=False, handler=handler).decode("pil", handler=handler)
+            source = (
+                cast(Any, wds).WebDataset([url], shardshuffle=False, handler=handler).decode("pil", handler=handler)
+            )
             for sample in source:
                 out += "jpg" in sample and "txt" in sample
         except Exception as stopped:  # whatever it is, it is what a user of it would see
