@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 bench: $(INSTALLED)
-	$(BIN)/python -m jobs.benchmark embed $(ARGS)
+	$(BIN)/python -m jobs.benchmark $(or $(NAMES),embed) $(ARGS)
 
 install: $(INSTALLED)
 
@@ -32,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (once; several GB, some minutes) ..."
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev,bench]'
 	@touch $@

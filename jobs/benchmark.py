@@ -1,8 +1,10 @@
-"""`python -m jobs.benchmark NAME`: speed claims as ratios against a named rival, measured in one run on one machine.
+"""`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
+    decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
+    ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
     plan     600,000 shards listed, planned and resumed: seconds and memory
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import ablate, embed, feed, ledger, ledger_actors, plan, race, select
+from jobs.benchmarks import ablate, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.tracks import TRACKS
 
@@ -35,8 +37,10 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ablate": lambda given: ablate.benchmark(
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
     ),
+    "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
+    "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
     "plan": lambda given: plan.benchmark(tiny=given.tiny),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
@@ -49,20 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m jobs.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=sorted(BENCHMARKS))
+    parser.add_argument("names", nargs="+", choices=sorted(BENCHMARKS), metavar="NAME")
     parser.add_argument("--shards", help="embed, feed: a pool to measure on; a demo pool is made if none is named")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs of runs (7)")
     parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
     parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
     parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
-    parser.add_argument("--json", type=Path, help="write the raw figures there")
+    parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)
     if given.tiny:
         given.pairs = given.seeds = 1
-    figures = BENCHMARKS[given.name](given)
+    figures = {name: BENCHMARKS[name](given) for name in dict.fromkeys(given.names)}
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+        told = figures if len(figures) > 1 else next(iter(figures.values()))
+        given.json.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
 

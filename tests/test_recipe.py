@@ -64,7 +64,7 @@ class TestBounds:
             (Embed, {"pretrained": ""}, "pretrained"),
             (Embed, {"checkpoint": ""}, "checkpoint"),
             (Embed, {"precision": "float16"}, "precision"),
-            (Embed, {"resize": "fast"}, "resize"),
+            (Embed, {"resize": "fastest"}, "resize"),
             (Embed, {"pretrained": "a", "checkpoint": "b"}, "give pretrained or checkpoint, got both: 'a', 'b'"),
             (Compute, {"device": "tpu"}, "device"),
             (Compute, {"actors": 0}, "actors"),

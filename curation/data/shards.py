@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from curation.addresses import MAX_ROWS_PER_SHARD
@@ -74,6 +75,7 @@ WARNINGS: dict[str, str] = {
     "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
     "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
     "uid:malformed": "a uid is not 32 hex digits; the sample has the uid of its content",
+    "image:not_plain_jpeg": "no plain JPEG: with resize fast, it was decoded and resized the exact way",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
     "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:absent": "a shard is named by the pattern, but is not there",
@@ -134,11 +136,16 @@ class ReadRules:
 
     def max_bytes(self, name: str) -> int:
         """How much to hold of the member with this name; 0 if no rule needs it."""
-        extension = (split_name(name) or ("", ""))[1]
-        limits = [self.max_image_bytes] if extension in self.image_fields else []
-        limits += [self.max_caption_bytes] if extension == self.caption_field else []
-        limits += [self.max_json_bytes] if extension == "json" else []
-        return max(limits, default=0)
+        split = split_name(name)
+        return 0 if split is None else self._limits.get(split[1], 0)
+
+    @cached_property
+    def _limits(self) -> dict[str, int]:
+        """Extension -> how much to hold of a member that has it."""
+        limits = dict.fromkeys(self.image_fields, self.max_image_bytes)
+        for extension, limit in ((self.caption_field, self.max_caption_bytes), ("json", self.max_json_bytes)):
+            limits[extension] = max(limit, limits.get(extension, 0))
+        return limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,8 +276,8 @@ def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1
     begins there, or a member is larger than `max_member_bytes`: the shard is not the one that was read.
     """
     raw.seek(offset)
-    # 256 KiB reads: a sample is about 50 KB, and a 1 MiB read for each would read and hash 20 times too much.
-    tar = TarReader(raw, max_bytes=lambda _: max_member_bytes, start=offset, read_bytes=1 << 18)
+    # 256 KiB reads: a sample is about 50 KB, and a 1 MiB read for each would read 20 times too much.
+    tar = TarReader(raw, max_bytes=lambda _: max_member_bytes, start=offset, read_bytes=1 << 18, hashed=False)
     group, _ = next(_groups(tar), (None, []))
     if group is None or group.offset != offset or group.problem is not None:
         raise ValueError(f"no whole sample begins at offset {offset}")
@@ -284,6 +291,7 @@ def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1
     return members
 
 
+@lru_cache(maxsize=16)  # a member's name is split when it is read, and once more when it is grouped
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case extension of a name: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None if it belongs to no sample."""
     base = name.rfind("/") + 1
@@ -329,11 +337,15 @@ def content_uid(shard: bytes, key: str, *, image: bytes, caption: str) -> str:
 
     Each is preceded by its length in bytes (8 bytes, little-endian). What is missing counts as empty.
     """
-    digest = hashlib.sha256()
-    for part in (shard, key.encode("utf-8"), image, caption.encode("utf-8")):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    name, text = key.encode("utf-8"), caption.encode("utf-8")
+    digest = hashlib.sha256(_length(shard) + shard + _length(name) + name + _length(image))
+    digest.update(image)
+    digest.update(_length(text) + text)
     return digest.hexdigest()[:32]
+
+
+def _length(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little")
 
 
 @dataclass(slots=True)

@@ -7,26 +7,25 @@ piece's bytes depend on the shard alone, whatever else runs, dies or is retried.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from curation import addresses
 from curation.data import manifest, tables
-from curation.data.images import ImageError, pixels
 from curation.data.open_shard import fingerprint as fingerprint_of
 from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules, Sample
+from curation.data.shards import ReadRules
+from curation.distributed.decode import FELL_BACK, Decoded, ReadAhead, SampleDecoder
 from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
 
@@ -46,26 +45,77 @@ class EmbedSpec:
     seed: int
     precision: Precision
     device: str
+    resize: Literal["exact", "fast"]
     batch_size: int
     decode_threads: int
     torch_threads: int
     max_pixels: int
+    staged: bool
     rules: ReadRules
     made_by: Mapping[str, Any]
 
 
-class Decoded(NamedTuple):
-    """A sample without its image bytes: pixels (H, W, 3) uint8 and tokens (L,), unless it is dropped for `reason`."""
+class BatchEmbedder:
+    """A model that embeds rows in batches of one shape; one caller at a time."""
 
-    sample: Sample
-    reason: str | None
-    pixels: np.ndarray | None = None
-    tokens: torch.Tensor | None = None
-    width: int | None = None
-    height: int | None = None
-    seconds: float = 0.0
-    decoded: bool = False
-    """True if its image was decoded, or an attempt was made."""
+    def __init__(self, spec: EmbedSpec, *, towers: Towers | None = None):
+        torch.set_num_threads(spec.torch_threads)
+        self.towers = towers or load_towers(
+            spec.model,
+            pretrained=spec.pretrained,
+            checkpoint=spec.checkpoint,
+            seed=spec.seed,
+            precision=spec.precision,
+            device=spec.device,
+        )
+        self.batch_size = self._wanted_batch_size = spec.batch_size
+        """Halved for good when the GPU runs out of memory: rows are never lost, only slower."""
+
+    def embed(self, piece: Piece, rows: Iterator[Decoded]) -> None:
+        """Take the rows into the piece, and embed those that are not dropped."""
+        for batch in _batches(piece.received(rows), self._wanted_batch_size):
+            begun = time.perf_counter()
+            piece.embedded(batch, *self._embedded(batch))
+            piece.seconds["forward"] += time.perf_counter() - begun
+            piece.batch_ends.append((time.time(), len(batch)))
+
+    def facts(self) -> dict[str, Any]:
+        """What a piece's record says of the model."""
+        return {
+            "batch_size": self.batch_size,
+            "logit_scale": self.towers.logit_scale,
+            "logit_bias": self.towers.logit_bias,
+        }
+
+    def warnings(self) -> dict[str, int]:
+        """By what factor the batches are smaller than they should be, if they are."""
+        is_halved = self.batch_size < self._wanted_batch_size
+        return {"gpu:batch_halved": self._wanted_batch_size // self.batch_size} if is_halved else {}
+
+    def _embedded(self, rows: list[Decoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image and text embeddings (n, D) float16 and scores (n,) float32 of at most a batch of rows."""
+        pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+        tokens = torch.stack([row.tokens for row in rows if row.tokens is not None])
+        while True:
+            try:
+                parts = [
+                    self._forward(pixels[at : at + self.batch_size], tokens[at : at + self.batch_size])
+                    for at in range(0, len(rows), self.batch_size)
+                ]
+                break
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size = -(-self.batch_size // 2)
+                torch.cuda.empty_cache()
+        image_ND, text_ND = (torch.cat(column) for column in zip(*parts, strict=True))
+        return image_ND.half().numpy(), text_ND.half().numpy(), cosine(image_ND, text_ND).numpy()
+
+    def _forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n = len(pixels)
+        image_ND = self.towers.embed_images(_padded(pixels, self.batch_size))[:n]
+        text_ND = self.towers.embed_texts(_padded(tokens, self.batch_size))[:n]
+        return image_ND.float().cpu(), text_ND.float().cpu()
 
 
 class ShardEmbed:
@@ -76,17 +126,10 @@ class ShardEmbed:
     """
 
     def __init__(self, spec: EmbedSpec, *, towers: Towers | None = None):
-        torch.set_num_threads(spec.torch_threads)
         self._spec = spec
-        self._towers = towers or load_towers(
-            spec.model,
-            pretrained=spec.pretrained,
-            checkpoint=spec.checkpoint,
-            seed=spec.seed,
-            precision=spec.precision,
-            device=spec.device,
-        )
-        self._batch_size = spec.batch_size
+        self._embedder = BatchEmbedder(spec, towers=towers)
+        towers = self._embedder.towers
+        self._decode = SampleDecoder(towers.resize, towers.tokenize, how=spec.resize, max_pixels=spec.max_pixels)
         self._model = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -106,19 +149,15 @@ class ShardEmbed:
     def commit(self, number: int, url: str, fingerprint: str) -> dict[str, Any]:
         """Embed one shard, write its table and its manifest. OSError if it cannot be read, or changed meanwhile."""
         spec = self._spec
-        piece = _Piece(self._towers.embedding_dim)
+        piece = Piece(self._embedder.towers.embedding_dim)
         ahead = AHEAD_BATCHES * spec.batch_size + spec.decode_threads
         with (
             open_shard(url, spec.rules) as reader,
             ThreadPoolExecutor(spec.decode_threads, "decode") as pool,
-            _ReadAhead(reader, pool, self._decode, ahead=ahead) as decoded,
+            ReadAhead(reader, pool, self._decode, ahead=ahead) as decoded,
             self._model,
         ):
-            for rows in _batches(piece.received(iter(decoded)), spec.batch_size):
-                forward_begun = time.perf_counter()
-                piece.embedded(rows, *self._embed(rows))
-                piece.seconds["forward"] += time.perf_counter() - forward_begun
-                piece.batch_ends.append((time.time(), len(rows)))
+            self._embedder.embed(piece, iter(decoded))
         if fingerprint_of(url) != fingerprint:
             raise OSError(f"{url} changed while it was read")
 
@@ -132,63 +171,16 @@ class ShardEmbed:
             "sha256": reader.sha256,
             "bytes": reader.num_bytes,
             **piece.account(),
-            "warnings": dict(sorted(reader.warnings.items())),
-            "batch_size": self._batch_size,
-            "logit_scale": self._towers.logit_scale,
-            "logit_bias": self._towers.logit_bias,
+            "warnings": dict(sorted((reader.warnings + piece.warnings()).items())) | self._embedder.warnings(),
+            **self._embedder.facts(),
             "seconds": {name: round(value, 4) for name, value in piece.seconds.items()},
         }
-        if self._batch_size < spec.batch_size:
-            record["warnings"]["gpu:batch_halved"] = spec.batch_size // self._batch_size
         manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
         return {**record, "batch_ends": piece.batch_ends}
 
-    def _decode(self, sample: Sample) -> Decoded:
-        begun = time.perf_counter()
-        bare = dataclasses.replace(sample, image=None)
-        if sample.reason is not None or sample.image is None or sample.caption is None:
-            return Decoded(bare, sample.reason)
-        try:
-            decoded = pixels(sample.image, max_pixels=self._spec.max_pixels, resize=self._towers.resize)
-        except ImageError as error:
-            size = error.width, error.height
-            return Decoded(bare, error.reason, None, None, *size, time.perf_counter() - begun, decoded=True)
-        tokens = self._towers.tokenize([sample.caption])[0]
-        return Decoded(
-            bare, None, decoded.pixels, tokens, decoded.width, decoded.height, time.perf_counter() - begun, True
-        )
 
-    def _embed(self, rows: list[Decoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image and text embeddings (n, D) float16 and scores (n,) float32 of at most `batch_size` rows.
-
-        Out of GPU memory, the batch is halved for good: rows are never lost, only slower.
-        """
-        pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
-        tokens = torch.stack([row.tokens for row in rows if row.tokens is not None])
-        while True:
-            try:
-                parts = [
-                    self._forward(pixels[at : at + self._batch_size], tokens[at : at + self._batch_size])
-                    for at in range(0, len(rows), self._batch_size)
-                ]
-                break
-            except torch.OutOfMemoryError:
-                if self._batch_size == 1:
-                    raise
-                self._batch_size = -(-self._batch_size // 2)
-                torch.cuda.empty_cache()
-        image_ND, text_ND = (torch.cat(column) for column in zip(*parts, strict=True))
-        return image_ND.half().numpy(), text_ND.half().numpy(), cosine(image_ND, text_ND).numpy()
-
-    def _forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        n = len(pixels)
-        image_ND = self._towers.embed_images(_padded(pixels, self._batch_size))[:n]
-        text_ND = self._towers.embed_texts(_padded(tokens, self._batch_size))[:n]
-        return image_ND.float().cpu(), text_ND.float().cpu()
-
-
-class _Piece:
-    """A shard's table in the making: one row per sample, and the embeddings of those that were not dropped."""
+class Piece:
+    """A shard's table, or a part of it, in the making: a row per sample, and the embeddings of those not dropped."""
 
     def __init__(self, embedding_dim: int):
         self._rows: list[Decoded] = []
@@ -198,12 +190,11 @@ class _Piece:
         self.seconds = {"wait": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
         self.batch_ends: list[tuple[float, int]] = []
 
-    def received(self, decoded: Iterator[Future[Decoded]]) -> Iterator[Decoded]:
+    def received(self, rows: Iterator[Decoded]) -> Iterator[Decoded]:
         """The rows to embed, in order; every row is noted."""
         while True:
             waited = time.perf_counter()
-            future = next(decoded, None)
-            row = future.result() if future else None
+            row = next(rows, None)
             self.seconds["wait"] += time.perf_counter() - waited
             if row is None:
                 return
@@ -218,7 +209,7 @@ class _Piece:
         finite = np.isfinite(scores) & np.isfinite(image_ND).all(1) & np.isfinite(text_ND).all(1)
         for row, is_finite in zip(rows, finite, strict=True):
             if not is_finite:
-                self._reasons[row.sample.row] = "embedding:not_finite"
+                self._reasons[row.sample.row - self._rows[0].sample.row] = "embedding:not_finite"
         self._images.append(image_ND[finite])
         self._texts.append(text_ND[finite])
         self._scores.append(scores[finite])
@@ -236,12 +227,25 @@ class _Piece:
             "decoded": sum(row.decoded for row in self._rows),
         }
 
-    def table(self, number: int, url: str) -> Any:
+    def warnings(self) -> Counter[str]:
+        """What is counted of the rows besides drops."""
+        return Counter({FELL_BACK: sum(row.fell_back for row in self._rows)})
+
+    def table(self, number: int, url: str) -> pa.Table:
         """The shard's sample table."""
+        return tables.sample_table(self._columns(number, url), [row.sample.fields for row in self._rows])
+
+    def part_table(self, number: int, url: str, *, fields_column: str) -> pa.Table:
+        """The rows' part of the shard's sample table, with their json fields as JSON in a column of their own."""
+        table = tables.sample_table(self._columns(number, url), [{}] * len(self._rows))
+        texts = [json.dumps(row.sample.fields) for row in self._rows]
+        return table.append_column(fields_column, pa.array(texts, pa.string()))
+
+    def _columns(self, number: int, url: str) -> dict[str, Any]:
         scores = iter(np.concatenate(self._scores).tolist())
         rows = self._rows
-        columns = {
-            "address": addresses.pack(number, np.arange(len(rows))),
+        return {
+            "address": addresses.pack(number, np.array([row.sample.row for row in rows], np.int64)),
             "uid": [row.sample.uid for row in rows],
             "key": [row.sample.key for row in rows],
             "shard": [url] * len(rows),
@@ -256,7 +260,6 @@ class _Piece:
             "text_embedding": np.concatenate(self._texts),
             "clip_score": [next(scores) if reason is None else None for reason in self._reasons],
         }
-        return tables.sample_table(columns, [row.sample.fields for row in rows])
 
 
 def _batches(rows: Iterator[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
@@ -275,50 +278,3 @@ def _padded(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
     if len(rows) == batch_size:
         return rows
     return torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])
-
-
-class _ReadAhead:
-    """Iterates over futures of a reader's samples, in order; at most `ahead` are read, decoded and waiting at a time.
-
-    Reading runs in a thread of its own from entering the `with` block on; its error is raised from the iteration.
-    """
-
-    def __init__(
-        self, reader: Iterable[Sample], pool: ThreadPoolExecutor, decode: Callable[[Sample], Decoded], *, ahead: int
-    ):
-        self._reader, self._pool, self._decode = reader, pool, decode
-        self._waiting: queue.Queue[Future[Decoded] | BaseException | None] = queue.Queue(maxsize=ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="read", daemon=True)
-
-    def __enter__(self) -> _ReadAhead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def __iter__(self) -> Iterator[Future[Decoded]]:
-        while (item := self._waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _read(self) -> None:
-        try:
-            for sample in self._reader:
-                if not self._put(self._pool.submit(self._decode, sample)):
-                    return
-            self._put(None)
-        except BaseException as error:  # handed over whole: the caller's thread raises it
-            self._put(error)
-
-    def _put(self, item: Future[Decoded] | BaseException | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._waiting.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False

@@ -31,9 +31,10 @@ from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.staged import staged_shards
 from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
-from curation.models.clip import weights_digest
+from curation.models.clip import load_fast_resize, weights_digest
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000
@@ -194,29 +195,36 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement:
     """Embed and commit the shards on a pool of actors; their records, as they are done. ActorsFailed if they cannot."""
     for at in range(0, len(todo), SHARDS_PER_WAVE):
         wave = todo[at : at + SHARDS_PER_WAVE]
-        # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
-        rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in wave]
-        records = ray.data.from_arrow(rows).map_batches(
-            CachedEmbed if isinstance(spec, CachedSpec) else ShardEmbed,
-            fn_constructor_args=(spec,),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(
-                size=min(placement.actors, len(wave)),
-                max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
-                max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=placement.num_cpus or None,
-            num_gpus=placement.num_gpus or None,
-        )
         try:
-            for row in records.iter_rows():
-                yield json.loads(row["record"])
+            if isinstance(spec, EmbedSpec) and spec.staged:
+                yield from staged_shards(wave, spec, placement)
+            else:
+                yield from _fused_shards(wave, spec, placement)
         except ActorDiedError as error:
             # Ray tells the cause as the text of a traceback; the error in it is the last line that names one.
             causes = re.findall(r"^\w+Error: .*$", str(error), re.MULTILINE)
             raise ActorsFailed(f"the embedding actors could not go on: {causes[-1] if causes else error}") from error
+
+
+def _fused_shards(shards: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement) -> Iterator[Record]:
+    # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
+    rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in shards]
+    records = ray.data.from_arrow(rows).map_batches(
+        CachedEmbed if isinstance(spec, CachedSpec) else ShardEmbed,
+        fn_constructor_args=(spec,),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(
+            size=min(placement.actors, len(shards)),
+            max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
+            max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=placement.num_cpus or None,
+        num_gpus=placement.num_gpus or None,
+    )
+    for row in records.iter_rows():
+        yield json.loads(row["record"])
 
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | CachedSpec:
@@ -224,6 +232,8 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | Cache
     if embed.cached:
         made_by = recipe.embedded_by(weights_digest="", device=placement.device, precision=placement.precision)
         return CachedSpec(recipe.output, embed.cached, recipe.pool.read_rules(), made_by)
+    if embed.resize == "fast":  # a model whose transform it does not know is refused here, not by every actor
+        load_fast_resize(embed.model, pretrained=embed.pretrained)
     rules, metadata_digest = recipe.pool.read_rules(), None
     if recipe.pool.metadata:
         metadata_digest = metadata.digest_of(metadata.listed(recipe.pool.metadata))
@@ -237,10 +247,12 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | Cache
         seed=embed.seed,
         precision=placement.precision,
         device=placement.device,
+        resize=embed.resize,
         batch_size=embed.batch_size,
         decode_threads=compute.decode_threads,
         torch_threads=compute.torch_threads,
         max_pixels=recipe.pool.max_pixels,
+        staged=compute.mode == "staged",
         rules=rules,
         made_by=recipe.embedded_by(
             weights_digest=weights,

@@ -68,8 +68,9 @@ def _start_local(num_cpus: int) -> None:
 
 
 def cpus_wanted(compute: Compute) -> int:
-    """CPUs that the embedding actors take."""
-    return (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
+    """CPUs that the embedding actors take, and one for the decode tasks of the staged mode."""
+    actors = (compute.actors or 1) * compute.torch_threads if compute.device != "cuda" else 1
+    return actors + (compute.mode == "staged")
 
 
 @contextlib.contextmanager
@@ -116,6 +117,8 @@ def place(compute: Compute, *, precision: Precision | Literal["auto"]) -> Placem
         per_actor, have, name = compute.gpus_per_actor, gpus, "GPUs"
     else:
         per_actor, have, name = float(compute.torch_threads), cpus, "CPUs"
+        if compute.mode == "staged":  # one stays free: actors would wait forever for decode tasks that cannot start
+            have, name = cpus - 1, "CPUs beside the one that decodes"
     actors = compute.actors or max(1, int(have / per_actor))
     if actors * per_actor > have:
         raise ValueError(

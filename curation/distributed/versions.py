@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-PACKAGES = ("curation", "ray", "torch", "torchvision", "open_clip_torch", "pyarrow", "numpy", "pillow")
+PACKAGES = ("curation", "ray", "torch", "torchvision", "open_clip_torch", "pyarrow", "numpy", "pillow", "simplejpeg")
 
 
 @cache

@@ -146,6 +146,8 @@ def _wave(root: Path, count: int) -> dict[str, Any]:
         decode_threads=1,
         torch_threads=1,
         max_pixels=1 << 20,
+        resize="exact",
+        staged=False,
         rules=Pool().read_rules(),
         made_by=MADE_BY,
     )

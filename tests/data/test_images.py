@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import struct
 import subprocess
@@ -16,7 +17,15 @@ import pytest
 from PIL import Image
 
 from curation.data import images
-from curation.data.images import MAX_PYTHON_PIXELS, PILLOW_MAX_PIXELS, ImageError, open_image, pixels
+from curation.data.images import (
+    MAX_PYTHON_PIXELS,
+    PILLOW_MAX_PIXELS,
+    ImageError,
+    Pixels,
+    fast_pixels,
+    open_image,
+    pixels,
+)
 from curation.data.shards import DROP_REASONS, ReadRules, ShardReader
 
 MAX_PIXELS = 50_000_000
@@ -288,6 +297,112 @@ def test_an_image_that_cannot_be_resized_is_refused_and_a_defect_of_the_resize_p
         pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, resize=failing(MemoryError()))
     with pytest.raises(TypeError, match="a defect"):
         pixels(saved(picture(), "PNG"), max_pixels=MAX_PIXELS, resize=failing(TypeError("a defect")))
+
+
+class Halves:
+    """A model of 64 x 64 that takes every so many-th pixel; it notes what size it was handed."""
+
+    min_size = (64, 64)
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __call__(self, pixels: np.ndarray, *, height: int, width: int) -> np.ndarray:
+        self.seen.append((*pixels.shape, height, width))
+        return resize_and_crop(Image.fromarray(pixels))
+
+
+def fast(data: bytes, *, resize: Halves | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+    return fast_pixels(data, max_pixels=max_pixels, fast=resize or Halves(), exact=resize_and_crop)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((512, 512), (64, 64)),
+        ((511, 1025), (129, 64)),  # an eighth, rounded up
+        ((500, 400), (100, 125)),
+        ((127, 300), (150, 64)),
+        ((126, 300), (300, 126)),
+        ((64, 64), (64, 64)),
+        ((30, 20), (20, 30)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_dct_scale_that_is_not_smaller_than_the_model(size, decoded):
+    resize = Halves()
+    result = fast(saved(picture(size=size), "JPEG"), resize=resize)
+    assert resize.seen == [(*decoded, 3, size[1], size[0])]
+    assert ((result.width, result.height), result.fell_back) == (size, False)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}, {"optimize": True}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_scaled_decoding_is_close_to_the_exact_pixels(mode, options):
+    smooth = Image.fromarray(np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    data = saved(smooth.resize((640, 544), Image.Resampling.BICUBIC).convert(mode), "JPEG", **options)
+    exact = pixels(data, max_pixels=MAX_PIXELS, resize=resize_and_crop).pixels.astype(int)
+    difference = np.abs(fast(data).pixels.astype(int) - exact)
+    assert difference.mean() < 1 and difference.max() <= 16
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"), [("RGB", "PNG"), ("RGB", "WEBP"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("P", "GIF")]
+)
+def test_what_is_no_plain_jpeg_goes_the_exact_way_and_says_so(mode, image_format):
+    data = saved(picture(mode), image_format)
+    resize = Halves()
+    result, exact = fast(data, resize=resize), pixels(data, max_pixels=MAX_PIXELS, resize=resize_and_crop)
+    assert result.fell_back and not exact.fell_back and not resize.seen
+    assert np.array_equal(result.pixels, exact.pixels) and result[1:3] == exact[1:3]
+
+
+def test_a_jpeg_that_libjpeg_warns_of_goes_the_exact_way_and_pillow_decides():
+    cut = saved(picture(), "JPEG")[:800]
+    with pytest.raises(ImageError, match="image:decode_failed"):
+        fast(cut)
+    stuffed = saved(picture(), "JPEG")[:-2] + b"\0" * 9 + b"\xff\xd9"
+    assert fast(stuffed).fell_back
+
+
+def test_the_fast_way_refuses_from_the_header_what_the_exact_way_refuses():
+    large, narrow = saved(picture(size=(101, 100)), "JPEG"), saved(Image.new("L", (201, 1)), "JPEG")
+    for data, reason in ((large, "image:too_many_pixels"), (narrow, "image:extreme_aspect")):
+        with pytest.raises(ImageError, match=reason):
+            fast(data, max_pixels=10_000)
+
+
+def test_bad_input_has_the_same_reasons_the_fast_way(real_data: Path):
+    with open(real_data / "bad-input/00000.tar", "rb") as raw:
+        samples = list(ShardReader(raw, url="bad-input/00000.tar", rules=ReadRules()))
+    num_fast = 0
+    for sample in samples:
+        outcomes: list[str] = []
+        for decode in (fast, functools.partial(pixels, max_pixels=MAX_PIXELS, resize=resize_and_crop)):
+            try:
+                decoded = decode(sample.image or b"")
+                outcomes.append(f"{decoded.width} x {decoded.height}")
+                num_fast += decode is fast and not decoded.fell_back
+            except ImageError as error:
+                outcomes.append(f"{error.reason} {error.width} x {error.height}")
+        assert outcomes[0] == outcomes[1], sample.key
+    assert num_fast == 30
+
+
+def test_any_damaged_byte_of_a_jpeg_decodes_the_fast_way_or_is_refused():
+    rng = np.random.default_rng(1)
+    for options in ({}, {"progressive": True}):
+        whole = saved(picture(size=(130, 130)), "JPEG", **options)
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for offset in rng.integers(0, min(len(whole), 700), rng.integers(1, 5)):
+                damaged[offset] = rng.integers(0, 256)
+            try:
+                decoded = fast(bytes(damaged), max_pixels=1_000_000)
+                assert decoded.pixels.shape == (64, 64, 3)
+            except ImageError as error:
+                assert error.reason in DROP_REASONS
 
 
 def test_any_damaged_byte_of_an_image_decodes_or_is_refused():

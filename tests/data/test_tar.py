@@ -429,3 +429,17 @@ def test_offsets_are_those_in_the_file_when_reading_begins_in_its_middle():
     tar = TarReader(raw, max_bytes=lambda _: 1 << 30, start=offset)
     assert list(tar) == read(data)[0][2:]
     assert tar.num_bytes == len(data) - offset
+
+
+def test_the_hash_can_be_left_out_and_is_then_not_given():
+    tar = TarReader(io.BytesIO(written(SAMPLES)), max_bytes=lambda _: 1 << 30, hashed=False)
+    assert contents(list(tar)) == SAMPLES and tar.num_bytes == len(written(SAMPLES))
+    with pytest.raises(RuntimeError, match="read with hashed=False"):
+        _ = tar.sha256
+
+
+def test_what_lies_across_many_reads_is_joined_and_is_bytes():
+    data = written([("a.jpg", bytes(range(256)) * 40)])
+    for read_bytes in (1, 7, 512, 513):
+        (member,), _ = read(data, read_bytes=read_bytes)
+        assert type(member.data) is bytes and member.data == bytes(range(256)) * 40

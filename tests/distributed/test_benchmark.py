@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import benchmark
-from jobs.benchmarks import embed, race
+from jobs.benchmarks import decode, embed, ingest, race
 from jobs.benchmarks.embed import steady_rate
 from jobs.demo_pool import make_pool
+from jobs.demo_scenes import make_pairs
 
 
 @pytest.mark.slow
@@ -94,3 +96,45 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
 def test_an_interval_is_students_and_a_single_seed_has_none() -> None:
     assert race.interval([1.0, 2.0, 3.0])["half_width"] == pytest.approx(4.303 / 3**0.5)
     assert race.interval([5.0]) == {"mean": 5.0, "half_width": None, "values": [5.0]}
+
+
+def test_decode_races_the_same_jpegs_and_ours_all_go_the_fast_way() -> None:
+    figures = decode.race(decode.jpegs(4, 90), pairs=1)
+    assert figures["ratio"]["median"] > 1 and 20 < figures["mean_kilobytes"] < 80
+    # With the normalisation, which the rival has in its figure already, ours does more and is slower.
+    assert figures["ratio_with_our_normalisation"]["median"] < figures["ratio"]["median"]
+
+
+def test_the_score_difference_is_told_of_pairs_that_were_scored_both_ways() -> None:
+    scores = decode.Scores(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), np.array([0.1, 0.2, 0.3, 0.61, 0.5, 0.4]))
+    figures = decode.told("six rows", scores)
+    assert figures["mean_difference"] == pytest.approx((0.21 + 0.2) / 6)
+    assert figures["mean_shift"] == pytest.approx(0.01 / 6)
+    assert figures["kept_in_both"] == 0.5  # of the two best, 0.6 and 0.5, one is still there
+
+
+def test_ingest_compares_readers_that_give_the_same_members(tmp_path: Path) -> None:
+    images = [pair.image for pair in make_pairs(5)]
+    url = str(tmp_path / "a.tar")
+    Path(url).write_bytes(ingest.tar_of(images))
+    ours = list(ingest.members([url]))
+    theirs = [{k: v for k, v in row.items() if k not in ("__url__", "__local_path__")} for row in webdataset_rows(url)]
+    assert ours == theirs and len(ours) == 5
+    assert [sample.image for sample in ingest.samples([url])] == images
+
+
+def webdataset_rows(url: str) -> list[dict]:
+    return list(ingest.webdataset_samples([url]))
+
+
+def test_of_a_damaged_shard_ours_accounts_for_every_sample_and_a_rival_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rays = [side for side in ingest.READERS if side.startswith("ray")]
+    monkeypatch.delitem(ingest.READERS, rays[0])  # it takes a Ray of its own for each shard
+    told = ingest.damages(tmp_path / "damaged", images=[pair.image for pair in make_pairs(7)])
+    assert [(shard["begun"], shard["ours"]["out"]) for shard in told.values()] == [(200, 180), (200, 199), (151, 150)]
+    assert all(
+        sum(shard["ours"]["dropped"].values()) == shard["begun"] - shard["ours"]["out"] for shard in told.values()
+    )
+    assert told["10% broken images"]["webdataset, warn_and_continue"] == {"out": 180, "error": None}

@@ -42,10 +42,12 @@ def embed(towers: Towers, tmp_path: Path) -> Callable[..., ShardEmbed]:
             seed=0,
             precision="float32",
             device="cpu",
+            resize="exact",
             batch_size=BATCH,
             decode_threads=2,
             torch_threads=1,
             max_pixels=90_000_000,
+            staged=False,
             rules=RULES,
             made_by={"test": True},
         )

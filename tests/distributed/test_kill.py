@@ -31,17 +31,26 @@ def pool(tmp_path_factory: pytest.TempPathFactory, write_shard: Callable[..., Pa
     return root
 
 
-def arguments(pool: Path, output: Path, *, actors: int) -> list[str]:
+def arguments(pool: Path, output: Path, *, actors: int, mode: str) -> list[str]:
     return [
         *("debug", "--pool.shards", str(pool), "--output", str(output)),
-        *("--compute.actors", str(actors), "--compute.decode-threads", "1", "--write.samples-per-shard", "40"),
+        *(
+            "--compute.mode",
+            mode,
+            "--compute.actors",
+            str(actors),
+            "--compute.decode-threads",
+            "1",
+            "--write.samples-per-shard",
+            "40",
+        ),
     ]
 
 
-def start(pool: Path, output: Path, *, actors: int) -> subprocess.Popen[str]:
+def start(pool: Path, output: Path, *, actors: int, mode: str) -> subprocess.Popen[str]:
     # A session of its own, so that what is left of a killed run can be ended, and nothing else.
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.curate", *arguments(pool, output, actors=actors)],
+        [sys.executable, "-m", "jobs.curate", *arguments(pool, output, actors=actors, mode=mode)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,8 +58,8 @@ def start(pool: Path, output: Path, *, actors: int) -> subprocess.Popen[str]:
     )
 
 
-def finish(pool: Path, output: Path, *, actors: int) -> None:
-    process = start(pool, output, actors=actors)
+def finish(pool: Path, output: Path, *, actors: int, mode: str) -> None:
+    process = start(pool, output, actors=actors, mode=mode)
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
 
@@ -81,26 +90,27 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors_of(pid: int) -> list[int]:
-    """Processes of embedding actors below a driver."""
+    """Processes of embedding actors below a driver, of either mode."""
     alive = [child for child in descendants(pid) if Path(f"/proc/{child}/cmdline").exists()]
-    return [child for child in alive if b"ShardEmbed" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    names = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in alive}
+    return [child for child, name in names.items() if b"ShardEmbed" in name or b"PartEmbed" in name]
 
 
 @pytest.fixture(scope="module")
 def unstopped(ray_session: None, pool: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a run that is never stopped leaves; one actor, in this process."""
     output = tmp_path_factory.mktemp("unstopped")
-    assert curate.main(arguments(pool, output, actors=1)) == 0
+    assert curate.main(arguments(pool, output, actors=1, mode="fused")) == 0
     return results(output)
 
 
-@pytest.mark.parametrize(("actors", "kills"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("actors", "kills", "mode"), [(1, 1, "fused"), (2, 2, "fused"), (1, 2, "staged")])
 def test_a_killed_driver_is_resumed_to_the_same_bytes_and_nothing_committed_is_redone(
-    pool: Path, unstopped: dict[str, str], tmp_path: Path, actors: int, kills: int
+    pool: Path, unstopped: dict[str, str], tmp_path: Path, actors: int, kills: int, mode: str
 ) -> None:
     moments = random.Random(actors)
     for repeat in range(kills):
-        process = start(pool, tmp_path, actors=actors)
+        process = start(pool, tmp_path, actors=actors, mode=mode)
         enough = 1 + repeat * 2
         wait_for(lambda enough=enough: len(committed(tmp_path)) >= enough, process)
         time.sleep(moments.uniform(0, 0.3))
@@ -108,14 +118,17 @@ def test_a_killed_driver_is_resumed_to_the_same_bytes_and_nothing_committed_is_r
         process.communicate()
     before = committed(tmp_path)
     assert before
-    finish(pool, tmp_path, actors=actors)
+    finish(pool, tmp_path, actors=actors, mode=mode)
     assert before.items() <= committed(tmp_path).items()
     assert results(tmp_path) == unstopped
     assert not list(tmp_path.rglob("*.tmp")) or all(path.name.startswith(".") for path in tmp_path.rglob("*.tmp"))
 
 
-def test_a_killed_actor_costs_nothing_but_time(pool: Path, unstopped: dict[str, str], tmp_path: Path) -> None:
-    process = start(pool, tmp_path, actors=2)
+@pytest.mark.parametrize("mode", ["fused", "staged"])
+def test_a_killed_actor_costs_nothing_but_time(
+    pool: Path, unstopped: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    process = start(pool, tmp_path, actors=2, mode=mode)
     wait_for(lambda: len(committed(tmp_path)) >= 1 and bool(actors_of(process.pid)), process)
     victim = actors_of(process.pid)[0]
     os.kill(victim, signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from curation.distributed.resources import Placement, place
+from curation.distributed.resources import Placement, cpus_wanted, place
 from curation.recipe import Compute
 
 
@@ -47,3 +47,16 @@ def test_more_than_the_cluster_has_is_refused() -> None:
         place(Compute(actors=5), precision="auto")
     with pytest.raises(ValueError, match=r"compute\.actors=1 with 17 CPUs each need 17 CPUs, the cluster has 16"):
         place(Compute(device="cpu", torch_threads=17), precision="auto")
+
+
+@pytest.mark.usefixtures("cpu_cluster")
+def test_in_staged_mode_a_cpu_stays_free_for_the_decode_tasks() -> None:
+    assert place(Compute(mode="staged"), precision="auto").actors == 15
+    assert cpus_wanted(Compute(device="cpu", mode="staged", actors=2)) == 3
+    with pytest.raises(ValueError, match=r"need 16 CPUs beside the one that decodes, the cluster has 15"):
+        place(Compute(mode="staged", actors=16), precision="auto")
+
+
+@pytest.mark.usefixtures("gpu_cluster")
+def test_in_staged_mode_gpu_actors_leave_all_cpus_to_the_decode_tasks() -> None:
+    assert place(Compute(mode="staged"), precision="auto") == Placement("cuda", "bfloat16", 4, 0.0, 1.0)

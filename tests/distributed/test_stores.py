@@ -40,6 +40,8 @@ def embed(towers: Towers, s3_bucket: str) -> ShardEmbed:
         decode_threads=1,
         torch_threads=1,
         max_pixels=90_000_000,
+        resize="exact",
+        staged=False,
         rules=ReadRules(),
         made_by={"test": True},
     )

@@ -19,6 +19,7 @@ from PIL import Image
 from curation.models import clip
 from curation.models.clip import (
     ClipNetwork,
+    FastResize,
     Resize,
     Towers,
     build_network,
@@ -120,6 +121,34 @@ def test_the_resize_alone_is_the_towers_resize_and_travels_between_processes(tow
     assert resize.image_size == towers.image_size
     assert np.array_equal(resize(image), towers.resize(image))
     assert len(ForkingPickler.dumps(resize)) < 10_000
+
+
+@pytest.mark.parametrize("preprocess", PREPROCESSES[:2], ids=["shortest", "squash"])
+@pytest.mark.parametrize("size", [(64, 64), (131, 50), (51, 301), (48, 48), (20, 31), (97, 96)])
+def test_the_fast_resize_of_an_unscaled_image_is_the_exact_one_but_for_rounding(
+    preprocess: PreprocessCfg, size: tuple[int, int]
+) -> None:
+    # No black and white: where a filter overshoots, what comes out depends on which axis is resized first.
+    image = Image.fromarray(np.random.default_rng(1).integers(80, 176, (size[1], size[0], 3), dtype=np.uint8))
+    exact = Resize(preprocess)(image)
+    fast = FastResize(preprocess)(np.array(image), height=size[1], width=size[0])
+    assert fast.shape == exact.shape and fast.dtype == np.uint8
+    difference = np.abs(fast.astype(int) - exact.astype(int))
+    assert difference.max() <= 2 and difference.mean() < 0.5
+
+
+def test_the_fast_resize_crops_by_the_size_as_stored_not_by_what_the_scaled_decoding_rounded_it_to() -> None:
+    # 101 x 997 at 1/2 is 51 x 499: that shape alone would give 469 rows, and the centre one row off.
+    tall = np.zeros((499, 51, 3), np.uint8)
+    resize = FastResize(PREPROCESSES[0])
+    assert resize._whole_size(997, 101) == (int(48 * 997 / 101), 48) == (473, 48)
+    assert resize(tall, height=997, width=101).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("preprocess", PREPROCESSES[2:], ids=["longest", "not square"])
+def test_a_transform_that_the_fast_resize_does_not_know_is_refused(preprocess: PreprocessCfg) -> None:
+    with pytest.raises(ValueError, match="resize 'fast' knows transforms that squash, or crop to a square"):
+        FastResize(preprocess)
 
 
 def test_a_tag_brings_its_own_transform_at_the_size_of_the_architecture() -> None:
