@@ -24,6 +24,8 @@ from curation.data import storage
 RENEW_S = 10.0
 TTL_S = 60.0
 SETTLE_S = 0.3
+LOST_SIGNAL = signal.SIGUSR2
+"""Interrupts the main thread. Not SIGINT, which a shell has its background jobs ignore: such a run would go on."""
 
 
 class OutputInUse(RuntimeError):
@@ -49,6 +51,7 @@ class Lease:
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._lost: str | None = None
+        self._former_handler: Any = None
 
     def __enter__(self) -> Lease:
         holder = _read(self._url)
@@ -62,6 +65,9 @@ class Lease:
         time.sleep(SETTLE_S)
         if not self._is_mine():
             raise OutputInUse(f"{self._url} was taken by another run at the same moment")
+        # Only the main thread may set a handler, and only it is interrupted.
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
         self._renewer.start()
         return self
 
@@ -70,6 +76,8 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._renewer.join()
+        if self._former_handler is not None:
+            signal.signal(LOST_SIGNAL, self._former_handler)
         if self._lost:
             raise OutputInUse(f"{self._url} {self._lost}; this run stopped, what it committed stays") from error
         if self._is_mine():
@@ -89,7 +97,8 @@ class Lease:
                     self._lost = f"could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
                     break
         if self._lost and not self._stop.is_set():
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does; _thread.interrupt_main() would not end a wait
+            # As Ctrl-C does; _thread.interrupt_main() would not end a wait.
+            os.kill(os.getpid(), LOST_SIGNAL if self._former_handler is not None else signal.SIGINT)
 
     def _is_mine(self, *, or_gone: bool = False) -> bool:
         holder = _read(self._url)

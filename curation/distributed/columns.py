@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 import torch
 from PIL import Image
-from ray.data import ActorPoolStrategy
 
 from curation.data import manifest, shard_list, storage, tables
 from curation.data.images import ImageError, pixels
@@ -28,6 +26,7 @@ from curation.data.shard_list import Shard
 from curation.data.shards import ReadRules
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.shard_pool import records_of
 from curation.models.clip import Precision, load_towers, weights_digest
 from curation.models.frozen import frozen_digest, load_frozen
 from curation.numerics.contrastive import cosine
@@ -157,9 +156,7 @@ def load_maker(spec: ColumnsSpec) -> Maker:
         frozen = load_frozen(
             network.library,
             network.model,
-            pretrained=network.pretrained,
-            checkpoint=network.checkpoint,
-            seed=network.seed,
+            **network.source(),
             precision=spec.precision,
             device=spec.device,
         )
@@ -169,9 +166,7 @@ def load_maker(spec: ColumnsSpec) -> Maker:
     weights = spec.recipe.weights
     towers = load_towers(
         weights.model,
-        pretrained=weights.pretrained,
-        checkpoint=weights.checkpoint,
-        seed=weights.seed,
+        **weights.source(),
         precision=spec.precision,
         device=spec.device,
         num_features=spec.num_features,
@@ -283,33 +278,11 @@ def features_of(recipe: ColumnsRecipe) -> str | None:
 
 def _weights_digest(recipe: ColumnsRecipe) -> str:
     if isinstance(recipe, FeaturesRecipe):
-        network = recipe.network
-        return frozen_digest(
-            network.library,
-            network.model,
-            pretrained=network.pretrained,
-            checkpoint=network.checkpoint,
-            seed=network.seed,
-        )
+        return frozen_digest(recipe.network.library, recipe.network.model, **recipe.network.source())
     assert isinstance(recipe, EmbeddingsRecipe)
-    weights = recipe.weights
-    return weights_digest(
-        weights.model, pretrained=weights.pretrained, checkpoint=weights.checkpoint, seed=weights.seed
-    )
+    return weights_digest(recipe.weights.model, **recipe.weights.source())
 
 
 def _pool(todo: list[tuple[Shard, str]], spec: ColumnsSpec, placement: Placement) -> Iterator[dict[str, Any]]:
-    if not todo:
-        return
     rows = [pa.table({"number": [shard.number], "url": [shard.url], "samples": [key]}) for shard, key in todo]
-    records = ray.data.from_arrow(rows).map_batches(
-        ShardColumns,
-        fn_constructor_args=(spec,),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(size=min(placement.actors, len(rows))),
-        num_cpus=placement.num_cpus or None,
-        num_gpus=placement.num_gpus or None,
-    )
-    for row in records.iter_rows():
-        yield json.loads(row["record"])
+    return records_of(ShardColumns, spec, rows, placement, calls_at_a_time=1)

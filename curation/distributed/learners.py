@@ -52,9 +52,7 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
     learner = recipe.learner
     network = build_network(
         learner.model,
-        pretrained=learner.pretrained,
-        checkpoint=learner.checkpoint,
-        seed=learner.seed,
+        **learner.source(),
         num_features=spec.num_features,
     )
     return ContrastiveLearner(
@@ -73,9 +71,7 @@ def _classifier(spec: LearnerSpec, weights: Weights) -> Classifier:
         weights.model,
         num_classes=len(spec.classes),
         num_features=spec.num_features,
-        pretrained=weights.pretrained,
-        checkpoint=weights.checkpoint,
-        seed=weights.seed,
+        **weights.source(),
     )
 
 
@@ -84,9 +80,7 @@ def _reference(spec: LearnerSpec, device: torch.device) -> Reference | None:
     if spec.recipe.reference.online and weights is not None:
         towers = load_towers(
             weights.model,
-            pretrained=weights.pretrained,
-            checkpoint=weights.checkpoint,
-            seed=weights.seed,
+            **weights.source(),
             precision=spec.precision,
             device=str(device),
             num_features=spec.num_features,

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
-from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError
 
 from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
@@ -31,6 +29,7 @@ from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
 from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
@@ -207,24 +206,9 @@ def embed_shards(todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement:
 
 
 def _fused_shards(shards: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement) -> Iterator[Record]:
-    # One row, one block, one shard: the driver handles few big blocks, and a retry redoes one shard.
     rows = [pa.table({"number": [s.number], "url": [s.url], "fingerprint": [s.fingerprint]}) for s in shards]
-    records = ray.data.from_arrow(rows).map_batches(
-        CachedEmbed if isinstance(spec, CachedSpec) else ShardEmbed,
-        fn_constructor_args=(spec,),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(
-            size=min(placement.actors, len(shards)),
-            max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
-            max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=placement.num_cpus or None,
-        num_gpus=placement.num_gpus or None,
-    )
-    for row in records.iter_rows():
-        yield json.loads(row["record"])
+    actor = CachedEmbed if isinstance(spec, CachedSpec) else ShardEmbed
+    return records_of(actor, spec, rows, placement, calls_at_a_time=CALLS_AT_A_TIME)
 
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | CachedSpec:

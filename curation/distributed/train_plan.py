@@ -170,9 +170,7 @@ def _cached_reference(
         return record["run_values"]["logit_scale"], record["run_values"]["logit_bias"]
     made_by, weights = curated["embedded_by"], recipe.reference.weights
     if weights is not None:
-        digest = weights_digest(
-            weights.model, pretrained=weights.pretrained, checkpoint=weights.checkpoint, seed=weights.seed
-        )
+        digest = weights_digest(weights.model, **weights.source())
         if digest != made_by["embed.weights"]:
             wanted = weights.checkpoint or weights.pretrained or f"seed {weights.seed}"
             raise ValueError(
@@ -190,9 +188,7 @@ def learner_digest(recipe: TrainRecipe) -> str:
     """What decides the weights that the learner begins with."""
     learner = recipe.learner
     if not is_on_features(learner.model):
-        return weights_digest(
-            learner.model, pretrained=learner.pretrained, checkpoint=learner.checkpoint, seed=learner.seed
-        )
+        return weights_digest(learner.model, **learner.source())
     return storage.sha256_of(learner.checkpoint) if learner.checkpoint else f"seed {learner.seed}"
 
 

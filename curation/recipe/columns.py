@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from curation.recipe.curate import Compute
-from curation.recipe.parts import Part, WholeRecipe
+from curation.recipe.parts import Part, WeightsSource, WholeRecipe
 from curation.recipe.train import Weights
 
 
@@ -23,6 +23,10 @@ class Network(Part):
     """A local state dict instead."""
     seed: int = Field(default=0, ge=0)
     """Seed of random weights, when neither is given."""
+
+    def source(self) -> WeightsSource:
+        """Tag, checkpoint and seed."""
+        return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "seed": self.seed}
 
 
 class ColumnsRecipe(WholeRecipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +19,14 @@ class Part(BaseModel):
     """A part of a recipe: immutable, and a name that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class WeightsSource(TypedDict):
+    """Where weights come from, as `models` takes it; a seed, where neither of the others is given."""
+
+    pretrained: str | None
+    checkpoint: str | None
+    seed: int
 
 
 _READ = ReadRules()

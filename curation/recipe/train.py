@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from curation.models.classifier import is_on_features
-from curation.recipe.parts import MethodArgument, Part, WholeRecipe, selector_of
+from curation.recipe.parts import MethodArgument, Part, WeightsSource, WholeRecipe, selector_of
 from curation.selector import Selector
 
 
@@ -48,6 +48,10 @@ class Weights(Part):
         if self.pretrained and self.checkpoint:
             raise ValueError(f"give pretrained or checkpoint, got both: {self.pretrained!r}, {self.checkpoint!r}")
         return self
+
+    def source(self) -> WeightsSource:
+        """Tag, checkpoint and seed."""
+        return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "seed": self.seed}
 
 
 class Reference(Part):

@@ -9,10 +9,10 @@ a ViT-B/16 with random weights on the same thread.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,8 +121,10 @@ def _score(num_rows: int, measured: int) -> float:
     return (time.perf_counter() - begun) * num_rows / measured
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory_mib(field: str) -> float:
+    """VmRSS, what is held now, or VmHWM, the most since the mark was last taken back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def main(side: str, first: int, second: int, dim: int) -> None:
@@ -132,13 +134,15 @@ def main(side: str, first: int, second: int, dim: int) -> None:
         print(json.dumps({"seconds": _score(first, second)}))
         return
     rows = _rows(first, dim)
-    before, begun = _peak_mib(), time.perf_counter()
+    # Making the embeddings held more than a selection needs, so the high-water mark is taken back first.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begun = _memory_mib("VmRSS"), time.perf_counter()
     rng = torch.Generator().manual_seed(1)
     chosen = (
         Jest(num_chunks=CHUNKS).select(rows, second, 0.5, rng).indices if side == "ours" else _dense(rows, second, rng)
     )
     seconds = time.perf_counter() - begun
-    print(json.dumps({"seconds": seconds, "peak_mib": _peak_mib() - before, "chosen": chosen.tolist()}))
+    print(json.dumps({"seconds": seconds, "peak_mib": _memory_mib("VmHWM") - before, "chosen": chosen.tolist()}))
 
 
 if __name__ == "__main__":

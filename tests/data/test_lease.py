@@ -213,6 +213,17 @@ class TestRenewing:
         assert not uninterrupted
         assert stored(output)["token"] == "another"
 
+    def test_a_background_job_of_a_shell_is_interrupted_too(self, output):
+        former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with pytest.raises(OutputInUse, match="was taken over by another run"), Lease(output):
+                store(output)
+                time.sleep(5)
+                pytest.fail("the run went on")
+        finally:
+            signal.signal(signal.SIGINT, former)
+        assert signal.getsignal(lease.LOST_SIGNAL) == signal.SIG_DFL
+
     def test_a_store_that_refuses_renewals_for_ttl_interrupts_the_run(self, output, monkeypatch):
         uninterrupted = []
         monkeypatch.setattr(lease, "TTL_S", 0.1)
