@@ -75,7 +75,11 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._renewer.join()
+        try:
+            self._renewer.join()
+        except KeyboardInterrupt:  # the lease was lost at the very end; what it means is told below
+            if not self._lost:
+                raise
         if self._former_handler is not None:
             signal.signal(LOST_SIGNAL, self._former_handler)
         if self._lost:
