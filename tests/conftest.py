@@ -45,6 +45,10 @@ def real_data(pytestconfig: pytest.Config) -> Path:
     pytest.skip(message)
 
 
+HANG_S = 10
+"""How long a request hangs, two seconds beyond the client's patience; on a busy machine an honest one takes seconds."""
+
+
 class Request(NamedTuple):
     """A request that the object store got: method, key (empty for a listing), the how manieth with these two it is."""
 
@@ -76,7 +80,7 @@ class ObjectStore:
             "key": "nobody",
             "secret": "nothing",
             # The client's own patience, which is tested elsewhere, would only make the tests slow.
-            "config_kwargs": {"read_timeout": 1, "retries": {"max_attempts": 0}},
+            "config_kwargs": {"read_timeout": HANG_S - 2, "retries": {"max_attempts": 0}},
         }
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -112,7 +116,7 @@ class ObjectStore:
             start_response(status, [("Content-Length", str(len(body))), ("Content-Type", "application/xml")])
             return [body]
         if fault == "hang":
-            time.sleep(1.5)
+            time.sleep(HANG_S)
         with self._lock:  # moto loses its way where two write the same key at once
             answer, status, header = run_wsgi_app(self._moto, environ)
             body, headers = b"".join(answer), list(header)
