@@ -111,11 +111,8 @@ def load_evaluation(spec: LearnerSpec) -> Evaluation | None:
 def _held_out(spec: LearnerSpec) -> HeldOut:
     recipe, evaluate = spec.recipe, spec.recipe.evaluate
     # A classifier is measured by the labels that it learns, unless others are named.
-    field = evaluate.label_field
-    if field is None and recipe.data.label is not None:
-        field = recipe.data.label.removeprefix(JSON_PREFIX)
+    label = recipe.data.label if evaluate.label_field is None else JSON_PREFIX + evaluate.label_field
     if evaluate.run:
-        label = None if field is None else JSON_PREFIX + field
         features = str(recipe.data.features)
         return held_out_of_run(evaluate.run, max_samples=evaluate.max_samples, features=features, label=label)
     return read_held_out(
@@ -124,5 +121,5 @@ def _held_out(spec: LearnerSpec) -> HeldOut:
         resize=load_resize(recipe.learner.model, pretrained=recipe.learner.pretrained),
         rules=spec.rules,
         max_pixels=recipe.data.max_pixels,
-        label_field=field,
+        label_field=None if label is None else label.removeprefix(JSON_PREFIX),
     )

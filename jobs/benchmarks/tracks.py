@@ -154,7 +154,9 @@ def cifar10_track(folder: Path, *, tiny: bool) -> Track:
     data = _real_data() / "cifar"
 
     def split(file: str, first: int, last: int, *, label: str) -> Iterator[Pair]:
-        table = pq.read_table(data / f"{file}.parquet", columns=["image", "label", label]).slice(first, last - first)
+        table = pq.read_table(data / f"{file}.parquet", columns=sorted({"image", "label", label})).slice(
+            first, last - first
+        )
         for image, true, said in zip(*(table[name].to_pylist() for name in ("image", "label", label)), strict=True):
             fields = {"class": CIFAR_CLASSES[true], "said": CIFAR_CLASSES[said]}
             yield Pair(image, f"a photo of a {CIFAR_CLASSES[said]}.", said != true, fields)
