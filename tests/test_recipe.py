@@ -366,12 +366,17 @@ class TestEmbeddedBy:
         ("fields", "message"),
         [
             ({}, "holds no images to write: add --write.no-tars"),
-            ({"write": Write(tars=False), "pool": Pool(metadata="/m")}, "is metadata itself"),
+            ({"write": Write(tars=False), "pool": Pool(metadata="/m")}, "a clip-retrieval folder is a pool itself"),
         ],
     )
-    def test_cached_embeddings_go_with_neither_tars_nor_joined_metadata(self, fields, message):
+    def test_cached_embeddings_without_images_go_with_neither_tars_nor_joined_metadata(self, fields, message):
         with pytest.raises(ValueError, match=message):
             CurateRecipe(embed=Embed(cached="clip-retrieval"), **fields)
+
+    def test_cached_embeddings_that_join_images_may_be_written_and_tell_their_metadata(self):
+        recipe = CurateRecipe(embed=Embed(cached="datacomp-l14"), pool=Pool(metadata="/m"))
+        assert recipe.write.tars
+        assert recipe.embedded_by(**RESOLVED, metadata_digest="aa")["pool.metadata"] == "aa"
 
     def test_every_layout_of_cached_embeddings_can_be_read(self):
         assert set(get_args(CachedLayout)) == set(LAYOUTS)

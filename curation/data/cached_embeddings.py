@@ -1,8 +1,9 @@
 """Embeddings that another tool made, beside the metadata of their samples: clip-retrieval's folders, DataComp's files.
 
-A shard is a metadata parquet, or some of its rows; row k of the arrays beside it is its row k, and nothing else joins
-them, so files of different lengths are never paired. Vectors are stored as float16, whose norms are 1 to about 1e-3
-only: they are normalised anew in float32.
+Row k of the arrays beside a metadata parquet is its row k, and nothing else joins them, so files of different lengths
+are never paired. A shard is such a parquet, or some of its rows; or a shard of images, whose samples find their
+metadata by uid. Vectors are stored as float16, whose norms are 1 to about 1e-3 only: they are normalised anew in
+float32.
 
 Legend: N rows, D embedding dimension.
 """
@@ -10,15 +11,17 @@ Legend: N rows, D embedding dimension.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from curation.data import open_shard, storage
+from curation.data import metadata, open_shard, storage
 from curation.data.parquet_shards import ParquetReader, row_range
 from curation.data.shards import ReadRules, Sample
 
@@ -94,28 +97,82 @@ def read(url: str, layout: str, rules: ReadRules) -> Cached:
     with open_shard.open_shard(url, rules) as reader:
         assert isinstance(reader, ParquetReader)
         samples = list(reader)
-    reasons: list[str | None] = [None] * len(samples)
-    for row, sample in enumerate(samples):
-        if sample.reason and sample.reason.startswith("parquet:"):
-            reasons[row] = sample.reason
-    wanted = range(row_range(url).first, row_range(url).first + len(samples))
-    empty_ND = np.zeros((0, 1), np.float32)  # no table holds vectors of length 0
-    image_ND, text_ND = empty_ND, empty_ND
-    if reader.file_rows is not None:
+    # Without images each row is said to be one that was not downloaded; here that is no reason to drop it.
+    reasons = [sample.reason if sample.reason and sample.reason.startswith("parquet:") else None for sample in samples]
+    first = row_range(url).first
+    found = [_Found(np.arange(len(samples)), np.arange(first, first + len(samples)), url, reader.file_rows)]
+    image_ND, text_ND, reasons = _vectors(found, reasons, layout)
+    return Cached(samples, reasons, image_ND, text_ND, reader.sha256, reader.num_bytes, dict(reader.warnings))
+
+
+def read_joined(url: str, layout: str, rules: ReadRules) -> Cached:
+    """A shard of images, its samples, and the embeddings that `rules.metadata` have of their uids; nothing is decoded.
+
+    A sample that the metadata lack is dropped: embedding:missing. OSError as the store raises it.
+    """
+    assert rules.metadata is not None
+    index = metadata.opened(rules.metadata)
+    with open_shard.open_shard(url, rules) as reader:
+        samples = [dataclasses.replace(sample, image=None) for sample in reader]
+    reasons = [sample.reason for sample in samples]
+    places = [
+        index.locate(sample.uid) if reason is None else None for sample, reason in zip(samples, reasons, strict=True)
+    ]
+    reasons = [
+        reason or ("embedding:missing" if place is None else None)
+        for reason, place in zip(reasons, places, strict=True)
+    ]
+    rows_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for at, place in enumerate(places):
+        if place is not None:
+            rows_of[place[0]].append((place[1], at))
+    found = []
+    for number, pairs in sorted(rows_of.items()):
+        rows, at = np.array(sorted(pairs)).T
+        found.append(_Found(at, rows, *index.files[number]))
+    image_ND, text_ND, reasons = _vectors(found, reasons, layout)
+    return Cached(samples, reasons, image_ND, text_ND, reader.sha256, reader.num_bytes, dict(reader.warnings))
+
+
+class _Found(NamedTuple):
+    """Samples of a shard, by their places, and the ascending rows of a metadata file in which they are."""
+
+    places: np.ndarray
+    rows: np.ndarray
+    url: str
+    file_rows: int | None
+    """How many rows the file has; None if it is damaged."""
+
+
+def _vectors(
+    found: Sequence[_Found], reasons: list[str | None], layout: str
+) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+    """Unit vectors (N, D) of the samples that have no reason to be dropped, in their order, and the reasons of all."""
+    reasons, places = list(reasons), [np.zeros(0, np.int64)]
+    images, texts = list[np.ndarray](), list[np.ndarray]()
+    for part in found:
+        if part.file_rows is None:
+            continue
         try:
-            image_ND, text_ND = (_rows(source, wanted, reader.file_rows) for source in sources(url, layout))
-            if image_ND.shape != text_ND.shape:
+            image_nD, text_nD = (_rows(source, part.rows, part.file_rows) for source in sources(part.url, layout))
+            if image_nD.shape != text_nD.shape or (images and image_nD.shape[1] != images[0].shape[1]):
                 raise _Unfit("embedding:unreadable")
         except _Unfit as error:
-            reasons = [reason or str(error) for reason in reasons]
-            image_ND, text_ND = empty_ND, empty_ND
-    if len(image_ND):
-        image_ND, text_ND = _unit(image_ND), _unit(text_ND)
-        for row in np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", image_ND, text_ND))):
-            reasons[row] = reasons[row] or "embedding:not_finite"
-        ok = np.array([reason is None for reason in reasons], bool)
-        image_ND, text_ND = image_ND[ok], text_ND[ok]
-    return Cached(samples, reasons, image_ND, text_ND, reader.sha256, reader.num_bytes, dict(reader.warnings))
+            for place in part.places:
+                reasons[place] = reasons[place] or str(error)
+            continue
+        image_nD, text_nD = _unit(image_nD), _unit(text_nD)
+        for place in part.places[~np.isfinite(np.einsum("nd,nd->n", image_nD, text_nD))]:
+            reasons[place] = reasons[place] or "embedding:not_finite"
+        ok = np.array([reasons[place] is None for place in part.places], bool)
+        places.append(part.places[ok])
+        images.append(image_nD[ok])
+        texts.append(text_nD[ok])
+    if not images:
+        empty_ND = np.zeros((0, 1), np.float32)  # no table holds vectors of length 0
+        return empty_ND, empty_ND, reasons
+    order = np.argsort(np.concatenate(places))
+    return np.concatenate(images)[order], np.concatenate(texts)[order], reasons
 
 
 def _unit(vectors_ND: np.ndarray) -> np.ndarray:
@@ -124,8 +181,8 @@ def _unit(vectors_ND: np.ndarray) -> np.ndarray:
         return vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
 
 
-def _rows(source: Source, wanted: range, file_rows: int) -> np.ndarray:
-    """Rows of an array (file_rows, D) as float32. _Unfit if there is no such array."""
+def _rows(source: Source, rows: np.ndarray, file_rows: int) -> np.ndarray:
+    """Ascending rows (n,) of an array (file_rows, D) as float32 (n, D). _Unfit if there is no such array."""
     try:
         with _array_opened(source) as file:
             shape, is_fortran, dtype = _header(file)
@@ -133,14 +190,17 @@ def _rows(source: Source, wanted: range, file_rows: int) -> np.ndarray:
                 raise _Unfit("embedding:unreadable")
             if shape[0] != file_rows:
                 raise _Unfit("embedding:not_aligned")
-            row_bytes = shape[1] * dtype.itemsize
-            file.seek(wanted.start * row_bytes, 1)
-            data = file.read(len(wanted) * row_bytes)
-            if len(data) < len(wanted) * row_bytes:
-                raise _Unfit("embedding:unreadable")
+            row_bytes, at, parts = shape[1] * dtype.itemsize, 0, [b""]
+            # Neighbours are one read: a shard's samples mostly lie side by side in the metadata that it was made from.
+            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+                file.seek((int(run[0]) - at) * row_bytes, 1)
+                parts.append(file.read(len(run) * row_bytes))
+                if len(parts[-1]) < len(run) * row_bytes:
+                    raise _Unfit("embedding:unreadable")
+                at = int(run[-1]) + 1
     except FileNotFoundError:
         raise _Unfit("embedding:missing") from None
-    return np.frombuffer(data, dtype).reshape(len(wanted), shape[1]).astype(np.float32)
+    return np.frombuffer(b"".join(parts), dtype).reshape(len(rows), shape[1]).astype(np.float32)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Numbers about a pool's samples that lie elsewhere, joined by uid: DataComp's metadata parquets beside its tars.
 
 The metadata are sorted by uid once, on disk, into arrays that any process maps into its memory: a lookup is a binary
-search, so shards need not correspond to metadata files, and memory grows with neither. 16 bytes a row and 8 for each
-column: 12.8 million rows of DataComp's small pool with 5 columns are 0.7 GB.
+search, so shards need not correspond to metadata files, and memory grows with neither. 32 bytes a row (its uid, and
+where it lies, for the vectors beside it) and 8 for each column: 12.8 million rows of DataComp's small pool with 5
+columns are 0.9 GB.
 """
 
 from __future__ import annotations
@@ -33,22 +34,42 @@ ROWS_AT_A_TIME = 65_536
 SAMPLED_FILES, SAMPLED_ROWS = 64, 1024
 
 
+class MetadataFile(NamedTuple):
+    """A parquet file that was sorted in, and how many rows it has."""
+
+    url: str
+    rows: int
+
+
 class Index(NamedTuple):
     """Sorted uids as two arrays (n,) uint64, and columns (n,) float64 by name; NaN where there is no value."""
 
     high: np.ndarray
     low: np.ndarray
     columns: dict[str, np.ndarray]
+    file: np.ndarray
+    """Which of `files` each row is in, and which of its rows it is: (n,) float64, whole numbers."""
+    row: np.ndarray
+    files: list[MetadataFile]
 
     def find(self, uid: str) -> dict[str, float] | None:
         """The numbers of a sample; None if the metadata have no such uid."""
-        high, low = np.uint64(int(uid[:16], 16)), np.uint64(int(uid[16:], 16))
-        first, stop = (int(np.searchsorted(self.high, high, side)) for side in ("left", "right"))
-        at = first + int(np.searchsorted(self.low[first:stop], low))
-        if at == stop or self.low[at] != low:
+        at = self._place(uid)
+        if at is None:
             return None
         values = {name: float(column[at]) for name, column in self.columns.items()}
         return {name: value for name, value in values.items() if not np.isnan(value)}
+
+    def locate(self, uid: str) -> tuple[int, int] | None:
+        """The place among `files` and the row in that file where a sample is; None if there is no such uid."""
+        at = self._place(uid)
+        return None if at is None else (int(self.file[at]), int(self.row[at]))
+
+    def _place(self, uid: str) -> int | None:
+        high, low = np.uint64(int(uid[:16], 16)), np.uint64(int(uid[16:], 16))
+        first, stop = (int(np.searchsorted(self.high, high, side)) for side in ("left", "right"))
+        at = first + int(np.searchsorted(self.low[first:stop], low))
+        return None if at == stop or self.low[at] != low else at
 
 
 def listed(patterns: str) -> list[ListedShard]:
@@ -79,12 +100,12 @@ def build(url: str, files: Sequence[ListedShard]) -> dict[str, Any]:
     raises it.
     """
     account_url = storage.join(url, "index.json")
-    if storage.exists(account_url):
-        return manifest.read(account_url)
+    if storage.exists(account_url) and "files" in (account := manifest.read(account_url)):
+        return account
     urls = [shard.url for shard in sorted(files)]
     with tempfile.TemporaryDirectory(prefix="curation-metadata-") as spool:
         names, account = _write_sorted(Path(spool), urls)
-        for name in ("high.npy", "low.npy", *(_array_name(place) for place in range(len(names)))):
+        for name in _array_names(len(names)):
             with open(Path(spool) / name, "rb") as file, storage.write_atomic(storage.join(url, name)) as out:
                 shutil.copyfileobj(file, out, storage.BLOCK_BYTES)
     account = {"format_version": FORMAT_VERSION, "columns": names, **account}
@@ -95,12 +116,15 @@ def build(url: str, files: Sequence[ListedShard]) -> dict[str, Any]:
 @lru_cache(maxsize=2)
 def opened(url: str) -> Index:
     """The index at `url`, mapped into memory; one in a bucket is first copied to this machine, once a process."""
-    names = manifest.read(storage.join(url, "index.json"))["columns"]
-    files = ["high.npy", "low.npy", *(_array_name(place) for place in range(len(names)))]
+    account = manifest.read(storage.join(url, "index.json"))
+    names, arrays = account["columns"], _array_names(len(account["columns"]))
     if not storage.is_local(url):
-        url = _copied(url, files)
-    high, low, *columns = (np.load(storage.join(url, name), mmap_mode="r", allow_pickle=False) for name in files)
-    return Index(high, low, dict(zip(names, columns, strict=True)))
+        url = _copied(url, arrays)
+    high, low, *columns, file, row = (
+        np.load(storage.join(url, name), mmap_mode="r", allow_pickle=False) for name in arrays
+    )
+    files = [MetadataFile(*file) for file in account["files"]]
+    return Index(high, low, dict(zip(names, columns, strict=True)), file, row, files)
 
 
 _COPIES = contextlib.ExitStack()
@@ -114,36 +138,39 @@ def _copied(url: str, files: Sequence[str]) -> str:
     return folder
 
 
-def _array_name(place: int) -> str:
-    return f"column_{place:04d}.npy"
+def _array_names(num_columns: int) -> list[str]:
+    return ["high.npy", "low.npy", *(f"column_{place:04d}.npy" for place in range(num_columns)), "file.npy", "row.npy"]
 
 
-def _write_sorted(spool: Path, files: Sequence[str]) -> tuple[list[str], dict[str, int]]:
-    """Write the arrays into the folder; the columns' names, and the account of the rows."""
+def _write_sorted(spool: Path, files: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Write the arrays into the folder; the columns' names, and the account of the files and their rows."""
     schemas = [_number_columns(file) for file in files]
     names = sorted({name for columns in schemas for name in columns})
     (spool / "sort").mkdir()
-    firsts = (words[:SAMPLED_ROWS] for file in files[:SAMPLED_FILES] for words, _ in islice(_blocks(file, []), 1))
+    firsts = (words[:SAMPLED_ROWS] for file in files[:SAMPLED_FILES] for words, *_ in islice(_blocks(file, []), 1))
     sample = np.concatenate([np.zeros((0, 2), np.uint64), *firsts])
-    rows_in_all = sum(_num_rows(file) for file in files)
+    rows_of = [_num_rows(file) for file in files]
+    rows_in_all = sum(rows_of)
     by_uid = UidSort(spool / "sort", splitters_P2=splitters(sample, num_rows=rows_in_all))
     read = 0
     with contextlib.ExitStack() as open_files:
-        raw = [open_files.enter_context(open(spool / f"{place}.raw", "wb")) for place in range(len(names))]
-        for file in files:
-            for words, values in _blocks(file, names):
+        raw = [open_files.enter_context(open(spool / f"{place}.raw", "wb")) for place in range(len(names) + 2)]
+        for place, file in enumerate(files):
+            for words, values, rows in _blocks(file, names):
                 by_uid.add(words, np.arange(read, read + len(words)))
                 read += len(words)
-                for out, column in zip(raw, values, strict=True):
+                for out, column in zip(raw, [*values, np.full(len(rows), float(place)), rows], strict=True):
                     column.tofile(out)
-    kept = _gather(spool, by_uid, num_columns=len(names), read=read)
-    return names, {"rows": rows_in_all, "malformed_uid": rows_in_all - read, "repeated_uid": read - kept}
+    kept = _gather(spool, by_uid, arrays=_array_names(len(names)), read=read)
+    account = {"rows": rows_in_all, "malformed_uid": rows_in_all - read, "repeated_uid": read - kept}
+    return names, {**account, "files": list(zip(files, rows_of, strict=True))}
 
 
-def _gather(spool: Path, by_uid: UidSort, *, num_columns: int, read: int) -> int:
+def _gather(spool: Path, by_uid: UidSort, *, arrays: Sequence[str], read: int) -> int:
     """Write the arrays in order of uid, each uid once; how many there are."""
+    num_columns = len(arrays) - 2
     raw = [np.memmap(spool / f"{c}.raw", np.float64, "r", shape=(read,)) if read else () for c in range(num_columns)]
-    outs = [spool / name for name in ("high.npy", "low.npy", *(_array_name(place) for place in range(num_columns)))]
+    outs = [spool / name for name in arrays]
     kept = 0
     with contextlib.ExitStack() as open_files:
         parts = [open_files.enter_context(open(f"{path}.part", "wb")) for path in outs]
@@ -186,8 +213,9 @@ def _num_rows(url: str) -> int:
         return num_rows_of(parquet)
 
 
-def _blocks(url: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Uids (m, 2) uint64 of the rows that have one, and the columns `names` (m,) float64 of these."""
+def _blocks(url: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, list[np.ndarray], np.ndarray]]:
+    """Uids (m, 2) uint64 of the rows that have one; of these the columns `names` and their rows, (m,) float64 each."""
+    first = 0
     with opened_file(url) as parquet:
         known = parquet.schema_arrow.names
         uid_name = find_name(known, "uid")
@@ -202,7 +230,8 @@ def _blocks(url: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, list[n
                 else np.full(int(has_uid.sum()), np.nan)
                 for name in names
             ]
-            yield words.reshape(-1, 2), values
+            yield words.reshape(-1, 2), values, first + np.flatnonzero(has_uid).astype(np.float64)
+            first += len(uids)
 
 
 def _numbers(column: pa.Array, name: str) -> np.ndarray:

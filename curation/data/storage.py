@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
+import pyarrow.fs
 from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -82,6 +83,14 @@ def absolute(url: str) -> str:
 def is_local(url: str) -> bool:
     """True if the URL is on the local disk."""
     return isinstance(_resolve(url)[0], LocalFileSystem)
+
+
+def arrow_filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The store of a URL as pyarrow knows it, with the credentials and options that fsspec has, and the path on it."""
+    fs, path = _resolve(url)
+    if isinstance(fs, LocalFileSystem):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
 def open_read(url: str) -> BinaryIO:

@@ -1,4 +1,8 @@
-"""The embedding stage of a pool whose embeddings are there already: a shard's metadata and arrays in, its table out."""
+"""The embedding stage of a pool whose embeddings are there already: a shard and its vectors in, its table out.
+
+A shard is metadata with arrays beside it, or, when the recipe joins metadata to a pool, images whose samples find their
+vectors by uid. No image is decoded either way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from curation import addresses
-from curation.data import cached_embeddings, manifest, tables
+from curation.data import cached_embeddings, manifest, open_shard, tables
 from curation.data.cached_embeddings import Cached
 from curation.data.shards import ReadRules
 from curation.data.storage import ListedShard
@@ -52,8 +56,13 @@ class CachedEmbed:
     def commit(self, number: int, url: str, fingerprint: str) -> dict[str, Any]:
         """Write one shard's table and its manifest. OSError if a file cannot be read, or changed meanwhile."""
         spec, begun = self._spec, time.perf_counter()
-        cached = cached_embeddings.read(url, spec.layout, spec.rules)
-        if cached_embeddings.fingerprint(url, spec.layout) != fingerprint:
+        if spec.rules.metadata:
+            cached = cached_embeddings.read_joined(url, spec.layout, spec.rules)
+            now = open_shard.fingerprint(url)
+        else:
+            cached = cached_embeddings.read(url, spec.layout, spec.rules)
+            now = cached_embeddings.fingerprint(url, spec.layout)
+        if now != fingerprint:
             raise OSError(f"{url} or its embeddings changed while they were read")
         read = time.perf_counter()
         tables.write(spec.output, number, table_of(number, url, cached))

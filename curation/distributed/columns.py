@@ -242,8 +242,9 @@ def checked(recipe: ColumnsRecipe) -> ColumnsRecipe:
     if not run or not storage.exists(storage.join(run, "recipe.json")):
         raise ValueError(f"run: {recipe.run!r} is no run of jobs.curate; name one, as in --run runs/first")
     embedded = manifest.committed(run, EMBED_STAGE)
-    known = tables.own_column_names(run, min(embedded)) if embedded else []
-    tables.check_piece_name(recipe.column, known=known)
+    if not embedded:
+        raise ValueError(f"run: {run} holds no committed shard yet; finish it with the command that began it")
+    tables.check_piece_name(recipe.column, known=tables.own_column_names(run, min(embedded)))
     return recipe.model_copy(update={"run": run})
 
 

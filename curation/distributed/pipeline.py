@@ -111,9 +111,10 @@ def make_plan(recipe: CurateRecipe) -> Plan:
                 "it was lost or replaced. Restore it, or choose another output."
             )
     rules = recipe.pool.read_rules()
-    if recipe.embed.cached:
+    is_metadata = recipe.embed.cached and not recipe.pool.metadata
+    if recipe.embed.cached and is_metadata:
         listed = with_embeddings(listed, recipe.embed.cached)
-    listed = parquet_shards.cut(listed, known, rules=None if recipe.embed.cached else rules)
+    listed = parquet_shards.cut(listed, known, rules=None if is_metadata else rules)
     content_of = (lambda url: content_digest(url, rules)) if recipe.pool.verify == "content" else None
     shards = shard_list.extend([_with_content(shard, committed) for shard in known], listed, content_of=content_of)
     return Plan(listed, shards, shard_list.present(shards, listed), committed)
@@ -213,15 +214,21 @@ def _fused_shards(shards: Sequence[Shard], spec: EmbedSpec | CachedSpec, placeme
 
 def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | CachedSpec:
     embed, compute = recipe.embed, recipe.compute
-    if embed.cached:
-        made_by = recipe.embedded_by(weights_digest="", device=placement.device, precision=placement.precision)
-        return CachedSpec(recipe.output, embed.cached, recipe.pool.read_rules(), made_by)
-    if embed.resize == "fast":  # a model whose transform it does not know is refused here, not by every actor
-        load_fast_resize(embed.model, pretrained=embed.pretrained)
     rules, metadata_digest = recipe.pool.read_rules(), None
     if recipe.pool.metadata:
-        metadata_digest = metadata.digest_of(metadata.listed(recipe.pool.metadata))
+        files = metadata.listed(recipe.pool.metadata)
+        metadata_digest = metadata.digest_of(with_embeddings(files, embed.cached) if embed.cached else files)
         rules = dataclasses.replace(rules, metadata=metadata.url_of(recipe.output, metadata_digest))
+    if embed.cached:
+        made_by = recipe.embedded_by(
+            weights_digest="",
+            device=placement.device,
+            precision=placement.precision,
+            metadata_digest=metadata_digest,
+        )
+        return CachedSpec(recipe.output, embed.cached, rules, made_by)
+    if embed.resize == "fast":  # a model whose transform it does not know is refused here, not by every actor
+        load_fast_resize(embed.model, pretrained=embed.pretrained)
     weights = weights_digest(embed.model, pretrained=embed.pretrained, checkpoint=embed.checkpoint, seed=embed.seed)
     return EmbedSpec(
         output=recipe.output,

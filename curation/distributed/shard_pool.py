@@ -34,7 +34,7 @@ def records_of(
             max_concurrent_calls_per_actor=calls_at_a_time,
             enable_true_multi_threading=calls_at_a_time > 1,
         ),
-        num_cpus=placement.num_cpus or None,
+        num_cpus=placement.num_cpus,
         num_gpus=placement.num_gpus or None,
     )
     for row in records.iter_rows():

@@ -89,7 +89,7 @@ def staged_shards(shards: Sequence[Shard], spec: EmbedSpec, placement: Placement
             max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
             enable_true_multi_threading=True,
         ),
-        num_cpus=placement.num_cpus or None,
+        num_cpus=placement.num_cpus,
         num_gpus=placement.num_gpus or None,
     )
     yield from _committed((json.loads(row["record"]) for row in parts.iter_rows()), shards, spec)

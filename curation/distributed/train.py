@@ -129,6 +129,7 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
         reference_bias=plan.reference_bias,
     )
     spec = LoopSpec(learner=learner, columns=plan.columns, ledger=ledger)
+    filesystem, path = storage.arrow_filesystem(storage.join(recipe.output, "train"))
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec},
@@ -141,7 +142,8 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=storage.join(recipe.output, "train"),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=recipe.compute.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),

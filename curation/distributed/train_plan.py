@@ -87,9 +87,11 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
             f"{recipe.train.filter_ratio}), but {run} offers {num_rows} rows"
         )
     columns = _columns(recipe, run, shards)
-    num_features = _num_features(recipe, records, shards) if recipe.data.features else None
+    pieces = _pieces(recipe, records)
+    features = recipe.data.features
+    num_features = tables.vector_width(run, shards[0].number, features) if features else None
     classes = _classes(recipe, shards) if recipe.data.label else ()
-    scale, bias = _cached_reference(recipe, curated, records, shards)
+    scale, bias = _cached_reference(recipe, curated, records[shards[0].number], pieces)
     if recipe.data.truth is not None and not storage.exists(recipe.data.truth):
         raise ValueError(f"data.truth: no file {recipe.data.truth}")
     if recipe.evaluate.shards:
@@ -104,6 +106,8 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
     if classes:
         identity["data.classes"] = list(classes)
     identity["data.embedded_by"] = curated["embedded_by"]["embed.weights"]
+    for field, record in pieces.items():
+        identity[f"{field}.made_by"] = {name: value for name, value in record["made_by"].items() if name != "samples"}
     rules = Pool.model_validate(curated["recipe"]["pool"]).read_rules()
     return TrainPlan(shards, rules, columns, num_features, classes, scale, bias, identity)
 
@@ -124,12 +128,18 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     return (*own, *((f"{prefix}{side}_embedding", f"reference_{side}_embedding") for side in ("image", "text")))
 
 
-def _num_features(recipe: TrainRecipe, records: Mapping[int, dict], shards: list[OfferedShard]) -> int:
-    """Width of the features that the learner begins at. ValueError if a shard lacks them."""
-    features = str(recipe.data.features)
-    if features not in ("image_embedding", "text_embedding"):
-        check_piece(recipe.data.run, tables.piece_of(features), records, command="features")
-    return tables.vector_width(recipe.data.run, shards[0].number, features)
+def _pieces(recipe: TrainRecipe, records: Mapping[int, dict]) -> dict[str, dict]:
+    """By the field that names it, a record of each piece that the run reads. ValueError if a shard lacks one."""
+    named = {}
+    features = recipe.data.features
+    if features and features not in ("image_embedding", "text_embedding"):
+        named["data.features"] = (tables.piece_of(features), "features")
+    if recipe.reference.columns and not recipe.reference.online:
+        named["reference.columns"] = (recipe.reference.columns, "embeddings")
+    return {
+        field: check_piece(recipe.data.run, piece, records, command=command)[min(records)]
+        for field, (piece, command) in named.items()
+    }
 
 
 def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]:
@@ -160,14 +170,14 @@ def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: s
 
 
 def _cached_reference(
-    recipe: TrainRecipe, curated: dict[str, Any], records: Mapping[int, dict], shards: list[OfferedShard]
+    recipe: TrainRecipe, curated: dict[str, Any], embedded: Mapping[str, Any], pieces: Mapping[str, dict]
 ) -> tuple[float | None, float | None]:
     """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
     if recipe.reference.online or recipe.is_classifier:
         return None, None
-    if piece := recipe.reference.columns:
-        record = check_piece(recipe.data.run, piece, records, command="embeddings")[shards[0].number]
-        return record["run_values"]["logit_scale"], record["run_values"]["logit_bias"]
+    if recipe.reference.columns:
+        values = pieces["reference.columns"]["run_values"]
+        return values["logit_scale"], values["logit_bias"]
     made_by, weights = curated["embedded_by"], recipe.reference.weights
     if weights is not None:
         digest = weights_digest(weights.model, **weights.source())
@@ -178,10 +188,9 @@ def _cached_reference(
                 f"), not by {weights.model} ({wanted}). Make one of this model: python -m jobs.curate RECIPE "
                 f"--pool.shards 'PATTERN' --embed.model {weights.model} ... --output OTHER"
             )
-    record = records[shards[0].number]
-    if "logit_scale" not in record:
+    if "logit_scale" not in embedded:
         raise ValueError(f"data.run: {recipe.data.run} was made by an older version; curate it again to another output")
-    return record["logit_scale"], record["logit_bias"]
+    return embedded["logit_scale"], embedded["logit_bias"]
 
 
 def learner_digest(recipe: TrainRecipe) -> str:

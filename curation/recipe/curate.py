@@ -25,8 +25,9 @@ class Embed(Part):
     checkpoint: str | None = Field(default=None, min_length=1)
     """A local checkpoint instead; a state dict that fits the model."""
     cached: CachedLayout | None = None
-    """Embeddings that are there already, beside metadata without images: no model is run. The pool is then the folder
-    `metadata` of a clip-retrieval folder, or DataComp's metadata parquets with their .npz files beside them."""
+    """Embeddings that are there already: no model is run, no image decoded. The pool is the folder `metadata` of a
+    clip-retrieval folder, or DataComp's metadata parquets with their .npz files beside them; or it is shards of images,
+    and `pool.metadata` names DataComp's parquets, whose rows and vectors join them by uid."""
     seed: int = Field(default=0, ge=0)
     """Seed of random weights, when neither tag nor checkpoint is given; a run with such weights says so."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -201,10 +202,10 @@ class CurateRecipe(WholeRecipe):
 
     @model_validator(mode="after")
     def _tars_need_images(self) -> Self:
-        if self.embed.cached and self.write.tars:
+        if self.embed.cached and not self.pool.metadata and self.write.tars:
             raise ValueError("a pool of cached embeddings holds no images to write: add --write.no-tars")
-        if self.embed.cached and self.pool.metadata:
-            raise ValueError("a pool of cached embeddings is metadata itself: pool.metadata joins those to shards")
+        if self.embed.cached == "clip-retrieval" and self.pool.metadata:
+            raise ValueError("a clip-retrieval folder is a pool itself: its metadata have no uid to join images by")
         return self
 
     def embedded_by(

@@ -1,9 +1,10 @@
-"""`python -m jobs.benchmark ablate`: which parts of JEST its gain comes from (claims J-2, J-3 and J-4 of its paper).
+"""`python -m jobs.benchmark ablate`: which parts of JEST its gain comes from (claims J-2, J-3, J-4 and J-8).
 
-Three questions, on one of the race's pools with its reference. How many chunks does a selection need, and what does a
+Four questions, on one of the race's pools with its reference. How many chunks does a selection need, and what does a
 larger filter ratio bring: sets chosen from 5,120 rows by a learner in the middle of a run, measured by what JEST
-maximises (their learnability), over 20 draws. And does joint selection beat independent selection of the same learner,
-reference and filter ratio: whole runs, over seeds, with paired differences.
+maximises (their learnability), over 20 draws. Does joint selection beat independent selection of the same learner,
+reference and filter ratio; and does a reference that learnt from few clean pairs beat one that learnt from the whole
+pool, or training on those few pairs alone: whole runs, over seeds, with paired differences.
 
 Learnability is normalised as in the paper's Figure 2: over chunks, one chunk is 0 and 32 are 1; over filter ratios, no
 selection is 0 and 0.5 is 1.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,25 +28,48 @@ from curation.distributed.train import learner_url, train
 from curation.methods.jest import Jest
 from curation.recipe import Compute
 from curation.recipe.columns import EmbeddingsRecipe
-from curation.recipe.train import Weights
+from curation.recipe.train import Reference, Weights
 from curation.selector import Rows
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval, show
-from jobs.benchmarks.tracks import FEATURES, REFERENCE, TRACKS, Track
+from jobs.benchmarks.tracks import FEATURES, REFERENCE, TRACKS, Track, add_reference
 from jobs.demo_race import NUM_STEPS
 
 CHUNKS = (1, 2, 4, 8, 16, 32)
 FILTER_RATIOS = (0.5, 0.8, 0.9)
 DRAWS = 20
 SUPER_BATCH = 5_120
-ARMS: dict[str, dict[str, Any]] = {
-    "joint": {"name": "jest"},
-    "independent, top": {"name": "rho"},
-    "independent, sampled": {"name": "rho", "sampling": True},
-    "easy reference": {"name": "jest", "scoring": "easy_reference"},
-    "hard learner": {"name": "jest", "scoring": "hard_learner"},
+WEAK_REFERENCE = "reference_of_the_pool"
+
+
+class Arm(NamedTuple):
+    """A way to train: what differs from the track's own runs."""
+
+    method: dict[str, Any]
+    reference: str = REFERENCE
+    is_on_clean_pairs: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """False if it trains on all that is loaded."""
+        return self.method["name"] != "uniform"
+
+
+ARMS = {
+    "joint": Arm({"name": "jest"}),
+    "independent, top": Arm({"name": "rho"}),
+    "independent, sampled": Arm({"name": "rho", "sampling": True}),
+    "easy reference": Arm({"name": "jest", "scoring": "easy_reference"}),
+    "hard learner": Arm({"name": "jest", "scoring": "hard_learner"}),
+    "uniform": Arm({"name": "uniform"}),
 }
-RUN_FILTER_RATIOS = (0.8, 0.9)
+REFERENCE_ARMS = {
+    "joint, reference of the whole pool": Arm({"name": "jest"}, reference=WEAK_REFERENCE),
+    "uniform, on the reference's pairs": Arm({"name": "uniform"}, is_on_clean_pairs=True),
+}
+RUNS = {0.8: {**ARMS, **REFERENCE_ARMS}, 0.9: ARMS}
+"""By filter ratio; `joint` comes first, all others are held against it."""
+TINY_RUNS = {0.8: {name: {**ARMS, **REFERENCE_ARMS}[name] for name in ("joint", "uniform", *REFERENCE_ARMS)}}
 
 
 def benchmark(*, track: str, seeds: int, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -56,7 +80,7 @@ def benchmark(*, track: str, seeds: int, tiny: bool, folder: Path) -> dict[str, 
         folder = folder / track
         on = TRACKS[track](folder, tiny=tiny)
         num_steps = 12 if tiny else NUM_STEPS
-        runs = _runs(on, folder, seeds=seeds, num_steps=num_steps)
+        runs = _runs(TINY_RUNS if tiny else RUNS, on, folder, seeds=seeds, num_steps=num_steps)
         rows = _rows_in_mid_run(on, folder, num_steps=num_steps)
     sets = _sets(rows, draws=2 if tiny else DRAWS)
     figures = {"sets": sets, "runs": runs}
@@ -141,29 +165,44 @@ def _sets(rows: Rows, *, draws: int) -> dict[str, Any]:
     }
 
 
-def _runs(on: Track, folder: Path, *, seeds: int, num_steps: int) -> dict[str, Any]:
-    """Each arm's last evaluation and the learnability of what it trained on, and the differences to joint selection."""
+def _runs(runs: dict[float, dict[str, Arm]], on: Track, folder: Path, *, seeds: int, num_steps: int) -> dict[str, Any]:
+    """Each arm's last evaluation and what it trained on, and the differences to joint selection."""
     found: dict[str, Any] = {}
-    for ratio in RUN_FILTER_RATIOS:
-        ends: dict[str, list[float]] = {}
-        for name, method in {**ARMS, "uniform": {"name": "uniform"}}.items():
-            at = 0.0 if name == "uniform" else ratio
-            for seed in range(seeds):
-                output = folder / f"ablate-{name.replace(', ', '-').replace(' ', '-')}-{at}-{seed}"
-                recipe = on.run(output, method=method, filter_ratio=at, num_steps=num_steps, seed=seed)
-                ends.setdefault(name, []).append(_done(recipe)[on.metric].to_pylist()[-1])
-                trained = pq.read_table(output / "train" / "steps.parquet")
-                ends.setdefault(f"{name}: learnability", []).append(
-                    float(np.mean(trained["learnability"].to_numpy()[len(trained) // 2 :]))
-                )
-                ends.setdefault(f"{name}: mismatched", []).append(float(np.mean(trained["junk_share"].to_numpy())))
-        minus = {
-            name: interval([mine - theirs for mine, theirs in zip(ends["joint"], ends[name], strict=True)])
-            for name in (*ARMS, "uniform")
-            if name != "joint"
+    for ratio, arms in runs.items():
+        ends = {
+            name: [_end(on, folder, name, arm, ratio=ratio, num_steps=num_steps, seed=seed) for seed in range(seeds)]
+            for name, arm in arms.items()
         }
-        found[str(ratio)] = {"ends": {name: interval(values) for name, values in ends.items()}, "joint_minus": minus}
+        joint, *others = ends
+        found[str(ratio)] = {
+            "ends": {name: {of: interval([end[of] for end in ends[name]]) for of in ends[name][0]} for name in ends},
+            "joint_minus": {
+                name: interval([a["metric"] - b["metric"] for a, b in zip(ends[joint], ends[name], strict=True)])
+                for name in others
+            },
+        }
     return found
+
+
+def _end(on: Track, folder: Path, name: str, arm: Arm, *, ratio: float, num_steps: int, seed: int) -> dict[str, float]:
+    """A run's last evaluation, and of what it trained on in the second half: learnability and mismatched captions."""
+    at = ratio if arm.selects else 0.0
+    output = folder / f"ablate-{name.replace(', ', '-').replace(' ', '-')}-{at}-{seed}"
+    recipe = on.run(output, method=arm.method, filter_ratio=at, num_steps=num_steps, seed=seed)
+    assert on.reference is not None
+    changed: dict[str, Any] = {"reference": Reference(columns=arm.reference)}
+    if arm.is_on_clean_pairs:
+        changed = {"data": on.reference.data, "reference": Reference()}
+    elif arm.reference == WEAK_REFERENCE:
+        weak = on.reference.model_copy(update={"data": on.recipe.data, "output": str(folder / WEAK_REFERENCE)})
+        add_reference(weak, on.recipe.data.run, column=WEAK_REFERENCE)
+    end = {"metric": _done(recipe.model_copy(update=changed))[on.metric].to_pylist()[-1]}
+    steps = pq.read_table(output / "train" / "steps.parquet")
+    late = steps.slice(len(steps) // 2)
+    for of in ("learnability", "junk_share", "effective_clusters"):
+        if of in late.column_names and late[of].null_count == 0:
+            end[of] = float(np.mean(late[of].to_numpy()))
+    return end
 
 
 def _done(recipe: Any) -> pa.Table:
@@ -185,10 +224,8 @@ def _print(figures: dict[str, Any], on: Track) -> None:
         print(f"  {what}, normalised: {told}")
     for ratio, runs in figures["runs"].items():
         print(f"held-out {on.metric} at f = {ratio}:")
-        for name in (*ARMS, "uniform"):
+        for name, end in runs["ends"].items():
+            told = ", ".join(f"{of} {show(value)}" for of, value in end.items() if of != "metric")
             difference = runs["joint_minus"].get(name)
-            print(
-                f"  {name:<22}{show(runs['ends'][name])}   learnability {show(runs['ends'][f'{name}: learnability'])}"
-                f"   mismatched {show(runs['ends'][f'{name}: mismatched'])}"
-                + ("" if difference is None else f"   joint minus it {show(difference)}")
-            )
+            against = "" if difference is None else f"   joint minus it {show(difference)}"
+            print(f"  {name:<36}{show(end['metric'])}{against}   {told}")

@@ -62,6 +62,8 @@ class Track(NamedTuple):
     step_flops: float
     """Of a step on everything."""
     metric: str
+    reference: TrainRecipe | None = None
+    """The run that trained the reference, on a pool of features."""
 
     def run(
         self, output: Path, *, method: dict[str, Any], filter_ratio: float, num_steps: int, seed: int
@@ -207,7 +209,7 @@ def _on_features(
         checkpoint_every=num_steps,
         output=str(folder / "reference"),
     )
-    seconds = _timed(folder / "prepared.json", lambda: _reference(reference, runs["pool"]))
+    seconds = _timed(folder / "prepared.json", lambda: add_reference(reference, str(runs["pool"]), column=REFERENCE))
     recipe = reference.model_copy(
         update={
             "data": Data(
@@ -224,7 +226,7 @@ def _on_features(
     rows = pq.read_metadata(folder / "pool" / "mismatched.parquet").num_rows
     spent = num_steps * trained.sub_batch * TRAINING_PASS + rows
     step_flops = per_row * TRAINING_PASS * trained.sub_batch
-    return Track(name, about, recipe, Before(per_row * spent, seconds), step_flops, metric)
+    return Track(name, about, recipe, Before(per_row * spent, seconds), step_flops, metric, reference)
 
 
 def _featured(folder: Path, split: str, pairs: Callable[[], Iterable[Pair]], run: Path) -> None:
@@ -244,15 +246,12 @@ def _featured(folder: Path, split: str, pairs: Callable[[], Iterable[Pair]], run
     _add(FeaturesRecipe(run=str(run), column=FEATURES, network=network, batch_size=1, compute=Compute(device="cpu")))
 
 
-def _reference(recipe: TrainRecipe, pool_run: Path) -> None:
+def add_reference(recipe: TrainRecipe, run: str, *, column: str) -> None:
+    """Train a reference, and add its embeddings of another run's samples to that run."""
     if failures := train(recipe).failures:
         raise RuntimeError(failures[0])
     weights = Weights(model=recipe.learner.model, checkpoint=learner_url(recipe.output))
-    _add(
-        EmbeddingsRecipe(
-            run=str(pool_run), column=REFERENCE, weights=weights, features=FEATURES, compute=Compute(device="cpu")
-        )
-    )
+    _add(EmbeddingsRecipe(run=run, column=column, weights=weights, features=FEATURES, compute=Compute(device="cpu")))
 
 
 def _add(recipe: ColumnsRecipe) -> None:

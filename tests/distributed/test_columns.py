@@ -22,7 +22,8 @@ from curation.distributed.pipeline import curate
 from curation.distributed.select import select
 from curation.distributed.train import check, train
 from curation.distributed.train_plan import checked as checked_training
-from curation.models.frozen import load_frozen
+from curation.models.clip import weights_digest
+from curation.models.frozen import frozen_digest, load_frozen
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
 from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
@@ -144,6 +145,9 @@ def test_what_cannot_run_is_told_before_anything_starts(run: Path, tmp_path: Pat
         checked(features_recipe(tmp_path))
     with pytest.raises(ValueError, match="a piece's name is letters"):
         checked(features_recipe(run).model_copy(update={"column": "caption"}))
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no committed shard yet"):
+        checked(features_recipe(tmp_path))
     with pytest.raises(ValueError, match="has no column 'nothing'"):
         add_columns(embeddings_recipe(run, column="other", features="nothing"))
 
@@ -165,6 +169,10 @@ def test_a_learner_on_features_trains_without_opening_a_tar(run: Path, tmp_path:
     recipe = training(run, tmp_path / "out", reference=Reference(columns="same"))
     plan = checked_training(recipe)
     assert plan.num_features == 96 and ("same.image_embedding", "reference_image_embedding") in plan.columns
+    # A run goes on only with the features and the reference that it began with, whatever their columns are called.
+    made_by = {field: plan.identity[f"{field}.made_by"]["weights"] for field in ("data.features", "reference.columns")}
+    assert made_by["data.features"] == frozen_digest(NET.library, NET.model, **NET.source())
+    assert made_by["reference.columns"] == weights_digest("nano", seed=7)
     pool = run.parent / "pool"
     pool.rename(run.parent / "gone")
     try:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from curation.data import parquet_shards, shard_list
+from curation.data import parquet_shards, shard_list, tables
 from curation.data.rows import StaleTable, read_rows
 from curation.data.shards import ReadRules
 from curation.distributed.pipeline import curate, make_plan
@@ -203,6 +203,50 @@ def test_datacomps_metadata_alone_give_the_subset_that_datacomps_baseline_gives(
     wanted = [u for u, score in zip(uids, scores, strict=True) if score >= lowest]
     subset = np.load(tmp_path / "run" / "selection" / "subset.npy")
     assert subset.tolist() == sorted((int(u[:16], 16), int(u[16:], 16)) for u in wanted)
+
+
+def test_datacomps_vectors_join_the_samples_of_tars_by_uid_and_nothing_is_decoded(
+    tmp_path: Path, write_shard: WriteShard, recipe_for: Callable[..., CurateRecipe]
+) -> None:
+    """Two tars and two metadata files that hold their samples in another order; rows 4 and 9 are not in them."""
+    for shard in range(2):
+        write_shard(
+            tmp_path / "pool" / f"{shard}.tar", count=6, fields=lambda row, shard=shard: {"uid": uid(6 * shard + row)}
+        )
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2, 12, 16)).astype(np.float16)
+    (tmp_path / "metadata").mkdir()
+    for part, rows in enumerate(np.split(rng.permutation([row for row in range(12) if row not in (4, 9)]), [3])):
+        table = pa.table({"uid": [uid(row) for row in rows], "n": rows})
+        pq.write_table(table, tmp_path / "metadata" / f"{part}.parquet")
+        np.savez(tmp_path / "metadata" / f"{part}.npz", l14_img=vectors[0, rows], l14_txt=vectors[1, rows])
+    pool = Pool(shards=str(tmp_path / "pool"), metadata=str(tmp_path / "metadata"))
+    recipe = recipe_for(
+        "", pool=pool, selection=(Select(method={"name": "clip_score"}, keep=3),), max_drop_fraction=0.2
+    )
+    recipe = recipe.model_copy(update={"embed": Embed(cached="datacomp-l14")})
+    summary = curate(recipe)
+    assert not summary.failures
+    assert (summary.read, summary.embedded, summary.dropped) == (12, 10, {"embedding:missing": 2})
+    assert summary.decoded_now == 0 and summary.warnings == {"metadata:no_row": 2}
+    unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=2, keepdims=True)
+    for shard in range(2):
+        table = tables.read(recipe.output, shard, ["uid", "status", "image_embedding", "text_embedding", "json.n"])
+        for row, found in enumerate(table.to_pylist(), start=6 * shard):
+            assert found["uid"] == uid(row) and (found["status"] == "ok") == (row not in (4, 9))
+            if found["status"] == "ok":
+                assert found["json.n"] == row
+                np.testing.assert_array_equal(found["image_embedding"], unit[0, row].astype(np.float16))
+                np.testing.assert_array_equal(found["text_embedding"], unit[1, row].astype(np.float16))
+    scores = np.einsum("nd,nd->n", *unit)
+    best = sorted((row for row in range(12) if row not in (4, 9)), key=lambda row: -scores[row])[:3]
+    with tarfile.open(Path(recipe.output) / "shards" / "00000.tar") as tar:
+        kept = {json.load(tar.extractfile(name))["uid"] for name in tar.getnames() if name.endswith(".json")}
+    assert kept == {uid(row) for row in best}
+    assert not curate(recipe).failures
+    np.savez(tmp_path / "metadata" / "0.npz", l14_img=vectors[0, :3], l14_txt=vectors[0, :3])
+    with pytest.raises(ValueError, match="pool.metadata was .*, now .*"):  # other vectors are another run
+        curate(recipe)
 
 
 def test_metadata_join_the_samples_of_tars_by_uid(

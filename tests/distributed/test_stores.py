@@ -17,8 +17,10 @@ from curation.data.rows import read_rows
 from curation.data.shards import ReadRules
 from curation.distributed.embed import EmbedSpec, ShardEmbed
 from curation.distributed.pipeline import curate
+from curation.distributed.train import learner_url, train
 from curation.models.clip import Towers, load_towers
-from curation.recipe import CurateRecipe, Select
+from curation.recipe import CurateRecipe, Select, TrainRecipe
+from curation.recipe.train import Data, Train, Weights, Workers
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +147,31 @@ def test_a_pool_in_a_bucket_is_curated_into_a_bucket_as_from_disk_to_disk_whatev
     assert storage.names_in(f"{out}/shards") == storage.names_in(f"{disk}/shards")
     for name in ("shards/00000.tar", "selection/subset.npy", "shards/sizes.json"):
         assert storage.sha256_of(f"{out}/{name}") == storage.sha256_of(f"{disk}/{name}"), name
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_trained_into_a_bucket_as_from_disk_to_disk(
+    curated: Path, object_store: Any, s3_bucket: str, tmp_path: Path
+) -> None:
+    """`curated`'s tars stay on disk; its tables and manifests, and all that training writes, are in the bucket."""
+    for path in sorted(path for path in curated.rglob("*") if path.is_file() and path.suffix != ".tar"):
+        storage.write_bytes(f"{s3_bucket}/run/{path.relative_to(curated)}", path.read_bytes())
+
+    def trained(run: str, output: str) -> TrainRecipe:
+        return TrainRecipe(
+            data=Data(run=run, segment_rows=8),
+            learner=Weights(model="nano", seed=1),
+            train=Train(num_steps=2, sub_batch=8, filter_ratio=0.5, score_batch=16),
+            compute=Workers(device="cpu", max_failures=0),
+            output=output,
+        )
+
+    in_bucket, on_disk = trained(f"{s3_bucket}/run", f"{s3_bucket}/out"), trained(str(curated), str(tmp_path / "out"))
+    assert not train(on_disk).failures
+    summary = train(in_bucket)
+    assert not summary.failures and summary.steps == 2 and len(object_store.requests) > 50
+    assert storage.sha256_of(learner_url(in_bucket.output)) == storage.sha256_of(learner_url(on_disk.output))
+
+    # Checkpoint, ledger and log are found again: without its account the run goes on from its last step.
+    storage.delete(f"{in_bucket.output}/train/summary.json")
+    assert train(in_bucket).last == summary.last
