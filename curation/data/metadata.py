@@ -163,7 +163,7 @@ def _write_sorted(spool: Path, files: Sequence[str]) -> tuple[list[str], dict[st
                     column.tofile(out)
     kept = _gather(spool, by_uid, arrays=_array_names(len(names)), read=read)
     account = {"rows": rows_in_all, "malformed_uid": rows_in_all - read, "repeated_uid": read - kept}
-    return names, {**account, "files": list(zip(files, rows_of, strict=True))}
+    return names, {**account, "files": [list(file) for file in zip(files, rows_of, strict=True)]}
 
 
 def _gather(spool: Path, by_uid: UidSort, *, arrays: Sequence[str], read: int) -> int:

@@ -80,11 +80,11 @@ def benchmark(*, track: str, seeds: int, tiny: bool, folder: Path) -> dict[str, 
         folder = folder / track
         on = TRACKS[track](folder, tiny=tiny)
         num_steps = 12 if tiny else NUM_STEPS
+        sets = _sets(_rows_in_mid_run(on, folder, num_steps=num_steps), draws=2 if tiny else DRAWS)
+        _print_sets(sets, on)
         runs = _runs(TINY_RUNS if tiny else RUNS, on, folder, seeds=seeds, num_steps=num_steps)
-        rows = _rows_in_mid_run(on, folder, num_steps=num_steps)
-    sets = _sets(rows, draws=2 if tiny else DRAWS)
+        _print_runs(runs, on)
     figures = {"sets": sets, "runs": runs}
-    _print(figures, on)
     return {**provenance(), "benchmark": "ablate", "pool": on.about, "metric": on.metric, "seeds": seeds, **figures}
 
 
@@ -212,8 +212,7 @@ def _done(recipe: Any) -> pa.Table:
     return pq.read_table(Path(recipe.output) / "train" / "evaluations.parquet")
 
 
-def _print(figures: dict[str, Any], on: Track) -> None:
-    sets = figures["sets"]
+def _print_sets(sets: dict[str, Any], on: Track) -> None:
     print(f"\n{on.about}: {sets['rows']} rows, learner's scale {sets['logit_scale']:.1f}")
     print(f"share of the logits' variance off the diagonal: {sets['off_diagonal_share_of_the_logits_variance']:.2f}")
     print("learnability of sets, f = 0.8:")
@@ -221,8 +220,11 @@ def _print(figures: dict[str, Any], on: Track) -> None:
         print(f"  {name:<22}{sets[name]:.3f}")
     for what in ("by_chunks", "by_filter_ratio"):
         told = ", ".join(f"{key}: {value:.2f}" for key, value in sets[f"{what}_normalised"].items())
-        print(f"  {what}, normalised: {told}")
-    for ratio, runs in figures["runs"].items():
+        print(f"  {what}, normalised: {told}", flush=True)
+
+
+def _print_runs(found: dict[str, Any], on: Track) -> None:
+    for ratio, runs in found.items():
         print(f"held-out {on.metric} at f = {ratio}:")
         for name, end in runs["ends"].items():
             told = ", ".join(f"{of} {show(value)}" for of, value in end.items() if of != "metric")

@@ -104,6 +104,14 @@ def test_an_index_that_is_there_is_not_made_again(built, monkeypatch):
     assert metadata.build(url, []) == account
 
 
+def test_a_row_is_located_in_the_file_that_it_is_in(built):
+    index, account, _ = built(
+        pa.table({"uid": [*hexes(5), None, *hexes(7)]}), pa.table({"uid": hexes(1, 7, 9), "x": [1, 2, 3]})
+    )
+    assert [index.locate(uid) for uid in hexes(5, 7, 1, 9, 2)] == [(0, 0), (0, 2), (1, 0), (1, 2), None]
+    assert [file.rows for file in index.files] == [3, 3] == [rows for _, rows in account["files"]]
+
+
 def test_files_that_cannot_be_joined_are_refused_by_name(tmp_path, built):
     with pytest.raises(ValueError, match=r"0.parquet has no column 'uid' to join by, it has \['id'\]"):
         built(pa.table({"id": [1]}))

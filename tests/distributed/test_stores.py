@@ -10,6 +10,8 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curation.data import manifest, storage, tables
@@ -19,8 +21,9 @@ from curation.distributed.embed import EmbedSpec, ShardEmbed
 from curation.distributed.pipeline import curate
 from curation.distributed.train import learner_url, train
 from curation.models.clip import Towers, load_towers
-from curation.recipe import CurateRecipe, Select, TrainRecipe
+from curation.recipe import CurateRecipe, Pool, Select, Threshold, TrainRecipe
 from curation.recipe.train import Data, Train, Weights, Workers
+from tests.distributed.conftest import jpeg
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,25 @@ def test_a_run_in_a_bucket_is_trained_into_a_bucket_as_from_disk_to_disk(
     # Checkpoint, ledger and log are found again: without its account the run goes on from its last step.
     storage.delete(f"{in_bucket.output}/train/summary.json")
     assert train(in_bucket).last == summary.last
+
+
+@pytest.mark.slow
+def test_a_parquet_pool_and_its_metadata_in_a_bucket_are_curated_as_on_disk(
+    ray_session: None, s3_bucket: str, recipe_for: Callable[..., CurateRecipe], tmp_path: Path
+) -> None:
+    uids = [f"{row:032x}" for row in range(12)]
+    pool = pa.table({"uid": uids, "jpg": [jpeg(row) for row in range(12)], "txt": [f"row {row}" for row in range(12)]})
+    known = pa.table({"uid": uids[::-1], "score": np.arange(12.0)})
+    runs = []
+    for root in (str(tmp_path), s3_bucket):
+        for name, table in (("pool/a.parquet", pool), ("metadata/m.parquet", known)):
+            with storage.write_atomic(f"{root}/{name}") as file:
+                pq.write_table(table, file)
+        steps = (Threshold(column="json.score", at_least=9),)
+        recipe = recipe_for("", pool=Pool(shards=f"{root}/pool", metadata=f"{root}/metadata"), selection=steps)
+        recipe = recipe.model_copy(update={"output": f"{root}/run"})
+        summary = curate(recipe)
+        assert not summary.failures and (summary.read, summary.embedded, summary.selected) == (12, 12, 3)
+        runs.append(recipe.output)
+    for name in ("shards/00000.tar", "selection/subset.npy"):
+        assert storage.sha256_of(f"{runs[0]}/{name}") == storage.sha256_of(f"{runs[1]}/{name}"), name
