@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -14,6 +15,8 @@ import pytest
 import ray
 from PIL import Image
 
+from curation.data.shards import ReadRules
+from curation.distributed.embed import EmbedSpec
 from curation.distributed.pipeline import curate
 from curation.distributed.resources import cluster
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
@@ -92,6 +95,28 @@ def curated(ray_session: None, tmp_path_factory: pytest.TempPathFactory, write_s
     )
     assert not curate(recipe).failures
     return root / "run"
+
+
+def nano_spec(output: str, **changes: Any) -> EmbedSpec:
+    """What an embedding actor is told of the nano model with random weights, on a CPU."""
+    spec = EmbedSpec(
+        output=output,
+        model="nano",
+        pretrained=None,
+        checkpoint=None,
+        seed=0,
+        precision="float32",
+        device="cpu",
+        resize="exact",
+        batch_size=8,
+        decode_threads=1,
+        torch_threads=1,
+        max_pixels=90_000_000,
+        staged=False,
+        rules=ReadRules(),
+        made_by={"test": True},
+    )
+    return dataclasses.replace(spec, **changes)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from torch.nn import functional as F
 
 from curation.data import storage
 from curation.data.shards import ReadRules, ShardReader
-from curation.distributed.embed import EmbedSpec, ShardEmbed
+from curation.distributed.embed import ShardEmbed
 from curation.models.clip import Towers, load_towers
+from tests.distributed.conftest import nano_spec
 
 BATCH = 8
 RULES = ReadRules()
@@ -34,24 +34,8 @@ def towers() -> Towers:
 @pytest.fixture
 def embed(towers: Towers, tmp_path: Path) -> Callable[..., ShardEmbed]:
     def make(*, with_towers: Any = towers, **changes: Any) -> ShardEmbed:
-        spec = EmbedSpec(
-            output=str(tmp_path / "out"),
-            model="nano",
-            pretrained=None,
-            checkpoint=None,
-            seed=0,
-            precision="float32",
-            device="cpu",
-            resize="exact",
-            batch_size=BATCH,
-            decode_threads=2,
-            torch_threads=1,
-            max_pixels=90_000_000,
-            staged=False,
-            rules=RULES,
-            made_by={"test": True},
-        )
-        return ShardEmbed(dataclasses.replace(spec, **changes), towers=with_towers)
+        fields = {"output": str(tmp_path / "out"), "batch_size": BATCH, "decode_threads": 2, "rules": RULES, **changes}
+        return ShardEmbed(nano_spec(**fields), towers=with_towers)
 
     return make
 

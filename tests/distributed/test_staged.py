@@ -15,36 +15,20 @@ import pytest
 
 from curation.data import storage
 from curation.data.shard_list import Shard
-from curation.data.shards import ReadRules
 from curation.distributed import staged
 from curation.distributed.embed import EmbedSpec, ShardEmbed
 from curation.distributed.pipeline import Summary, curate
 from curation.distributed.resources import Placement
 from curation.distributed.staged import PartEmbed, commit_shard, covers_shard, decode_shard, rows_per_part
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
+from tests.distributed.conftest import nano_spec
 
 BATCH = 4
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> EmbedSpec:
-    return EmbedSpec(
-        output=str(tmp_path / "out"),
-        model="nano",
-        pretrained=None,
-        checkpoint=None,
-        seed=0,
-        precision="float32",
-        device="cpu",
-        resize="exact",
-        batch_size=BATCH,
-        decode_threads=1,
-        torch_threads=1,
-        max_pixels=90_000_000,
-        staged=True,
-        rules=ReadRules(),
-        made_by={"test": True},
-    )
+    return nano_spec(str(tmp_path / "out"), batch_size=BATCH, staged=True)
 
 
 @pytest.fixture

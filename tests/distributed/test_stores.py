@@ -17,13 +17,13 @@ import pytest
 from curation.data import manifest, storage, tables
 from curation.data.rows import read_rows
 from curation.data.shards import ReadRules
-from curation.distributed.embed import EmbedSpec, ShardEmbed
+from curation.distributed.embed import ShardEmbed
 from curation.distributed.pipeline import curate
 from curation.distributed.train import learner_url, train
 from curation.models.clip import Towers, load_towers
 from curation.recipe import CurateRecipe, Pool, Select, Threshold, TrainRecipe
 from curation.recipe.train import Data, Train, Weights, Workers
-from tests.distributed.conftest import jpeg
+from tests.distributed.conftest import jpeg, nano_spec
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +34,7 @@ def towers() -> Towers:
 @pytest.fixture
 def embed(towers: Towers, s3_bucket: str) -> ShardEmbed:
     """Embeds into the bucket."""
-    spec = EmbedSpec(
-        output=f"{s3_bucket}/out",
-        model="nano",
-        pretrained=None,
-        checkpoint=None,
-        seed=0,
-        precision="float32",
-        device="cpu",
-        batch_size=8,
-        decode_threads=1,
-        torch_threads=1,
-        max_pixels=90_000_000,
-        resize="exact",
-        staged=False,
-        rules=ReadRules(),
-        made_by={"test": True},
-    )
-    return ShardEmbed(spec, towers=towers)
+    return ShardEmbed(nano_spec(f"{s3_bucket}/out"), towers=towers)
 
 
 @pytest.fixture(scope="module")
