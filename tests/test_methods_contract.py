@@ -229,6 +229,14 @@ def test_an_unknown_field_is_named_beside_the_known_ones():
         load_selector("uniform", temperature=1.0)
 
 
+def test_a_field_of_another_type_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"method 'jest', num_chunks: Input should be a valid integer, got '16'"):
+        load_selector("jest", num_chunks="16")
+    with pytest.raises(ValueError, match=r"method 'jest', scoring: Input should be 'learnability', .*, got 'easy'"):
+        load_selector("jest", scoring="easy")
+    assert load_selector("grad_mimic", temperature=1) == load_selector("grad_mimic", temperature=1.0)
+
+
 @pytest.fixture
 def method_file(tmp_path, monkeypatch):
     """Writes methods/made_up.py into a folder that the loader also looks through."""

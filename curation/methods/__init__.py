@@ -10,7 +10,9 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from curation.selector import Selector
 
@@ -41,7 +43,8 @@ def selector_class(name: str) -> type:
 def load_selector(name: str, **fields: Any) -> Selector:
     """The selector of the method `name` with the given hyper-parameters, the paper's defaults elsewhere.
 
-    ValueError if there is no such method, or no such field, or a field without a default is missing.
+    ValueError if there is no such method, or no such field, or a value is of another type, or a field without a default
+    is missing.
     """
     cls = selector_class(name)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
@@ -51,6 +54,12 @@ def load_selector(name: str, **fields: Any) -> Selector:
     required = {f.name for f in dataclasses.fields(cls) if f.init and _has_no_default(f)}
     if missing := sorted(required - fields.keys()):
         raise ValueError(f"method {name!r} lacks a value for {missing}, its fields are {known}")
+    types = get_type_hints(cls)
+    for field, value in fields.items():
+        try:
+            TypeAdapter(types[field]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(f"method {name!r}, {field}: {error.errors()[0]['msg']}, got {value!r}") from error
     selector = cls(**fields)
     if not isinstance(selector, Selector):
         raise TypeError(f"{cls.__name__} in methods/{name}.py does not satisfy the Selector protocol")

@@ -98,8 +98,7 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
 def test_ablate_holds_every_arm_against_joint_selection(real_data: Path, tmp_path: Path) -> None:
     figures = tiny("ablate", tmp_path, "--track", "cifar10")
     sets, runs = figures["sets"], figures["runs"]["0.8"]
-    # What is maximised is larger after more chunks and larger than of rows at random.
-    assert sets["uniform"] < sets["independent_sampled"] <= sets["by_chunks"]["32"]
+    assert sets["joint"] > sets["independent_sampled"]  # what JEST maximises, after 16 chunks and after one
     assert set(runs["joint_minus"]) == set(runs["ends"]) - {"joint"} and len(runs["ends"]) == 4
     for name, ends in runs["ends"].items():
         assert 0 <= ends["metric"]["mean"] <= 1
