@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
+from curation.data.mapped import mapped_arrays
 from curation.data.parquet_columns import as_uid, find_name
 from curation.data.parquet_shards import num_rows_of, opened_file
 from curation.data.storage import ListedShard
@@ -97,21 +98,8 @@ def opened(url: str) -> Index:
     """The index at `url`, mapped into memory; one in a bucket is first copied to this machine, once a process."""
     names = manifest.read(storage.join(url, "index.json"))["columns"]
     files = ["high.npy", "low.npy", *(_array_name(place) for place in range(len(names)))]
-    if not storage.is_local(url):
-        url = _copied(url, files)
-    high, low, *columns = (np.load(storage.join(url, name), mmap_mode="r", allow_pickle=False) for name in files)
+    high, low, *columns = mapped_arrays(url, files)
     return Index(high, low, dict(zip(names, columns, strict=True)))
-
-
-_COPIES = contextlib.ExitStack()
-"""Folders of copied indexes; they go when the process does."""
-
-
-def _copied(url: str, files: Sequence[str]) -> str:
-    folder = _COPIES.enter_context(tempfile.TemporaryDirectory(prefix="curation-metadata-"))
-    for name in files:
-        storage.copy(storage.join(url, name), storage.join(folder, name))
-    return folder
 
 
 def _array_name(place: int) -> str:
