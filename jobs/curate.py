@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import islice
 
+from curation.distributed.audit import warned_groups
 from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
 from curation.recipe import CurateRecipe
 from jobs.command import EXIT_FAILED, EXIT_OK, Command
 from jobs.recipes import CURATE
 
 LINE_EVERY_S = 10.0
+AUDIT_LINES = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +95,6 @@ def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
     """The account of a run, as a table; failures last, where they are seen."""
     rows = [("read", summary.read), ("embedded", summary.embedded)]
     rows += [(f"dropped {reason}", count) for reason, count in summary.dropped.items()]
-    rows += [(f"left out by {name}", before - after) for name, before, after in summary.waterfall]
     rows += [("selected", summary.selected)] if summary.selected is not None else []
     rows += [(f"warning {name}", count) for name, count in summary.warnings.items()]
     rows += [(f"images/s {stage}", rate) for stage, rate in summary.images_per_second.items()]
@@ -103,10 +105,28 @@ def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
     if summary.bottleneck:
         print(f"  {'bottleneck':<{width}}  {summary.bottleneck}")
     print(f"  {'seconds':<{width}}  {summary.seconds:>12,.1f}")
+    if summary.waterfall:
+        print_waterfall(summary)
+        print_audit(recipe.output)
     for failure in summary.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if not summary.failures:
         print(f"\n{recipe.output}: selection/ has the kept set, samples/ the tables, README.md the card")
+
+
+def print_waterfall(summary: Summary) -> None:
+    """What each step of the selection removed."""
+    width = max(len("left out by"), *(len(name) for name, _, _ in summary.waterfall))
+    print(f"\n  {'left out by':<{width}}  {'rows in':>12}  {'removed':>12}  {'rows out':>12}")
+    for name, before, after in summary.waterfall:
+        print(f"  {name:<{width}}  {before:>12,}  {before - after:>12,}  {after:>12,}")
+
+
+def print_audit(output: str) -> None:
+    """The groups that the selection keeps much more, or much less, often than others."""
+    for row in islice(warned_groups(output), AUDIT_LINES):
+        kept = f"{row['rows_out']:,} of {row['rows_in']:,} kept, lift {row['lift']:.2f}"
+        print(f"warning: {row['column']} {row['group']!r}: {kept}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     reference   a model trained on every row of a small, strongly curated set, which JEST and RHO compare a learner with
     features    a column of a curated run: what a frozen network makes of each image
     embeddings  columns of a curated run: both embeddings and the clip score of another model
+    quality     columns of a curated run: how sharp and how plain each image is
 
 `reference --data.run RUN --output DIR` leaves `DIR/train/learner.pt`. Its embeddings over a large pool are what
 `python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt` makes; or, beside those of another model in a
@@ -19,9 +20,9 @@ from typing import Any
 
 from curation.distributed.columns import ColumnsSummary, add_columns, checked
 from curation.recipe import TrainRecipe
-from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe
+from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe
 from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command
-from jobs.recipes import EMBEDDINGS, FEATURES, REFERENCE
+from jobs.recipes import EMBEDDINGS, FEATURES, QUALITY, REFERENCE
 from jobs.train import print_plan, run_training
 
 
@@ -52,10 +53,17 @@ def _embeddings(arguments: list[str]) -> int:
     )
 
 
+def _quality(arguments: list[str]) -> int:
+    return Command("fit quality", __doc__).run(
+        arguments, recipes=QUALITY, recipe_type=QualityRecipe, job=_add_columns, dry_run=_check
+    )
+
+
 KINDS: dict[str, Callable[[list[str]], int]] = {
     "reference": _reference,
     "features": _features,
     "embeddings": _embeddings,
+    "quality": _quality,
 }
 
 

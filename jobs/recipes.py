@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from curation.recipe import Compute, CurateRecipe, Embed, Select, TrainRecipe
-from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
+from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Threshold, TrainRecipe, Write
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
+from curation.recipe.made_columns import Language
 from curation.recipe.train import Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -48,8 +49,38 @@ def laion() -> CurateRecipe:
     )
 
 
+def basic() -> CurateRecipe:
+    """DataComp's metadata cut by its "basic" filter (arXiv:2304.14108): no model but fastText's, no image.
+
+    The same rows as `baselines/apply_filter.py`, in the order of its tests; lid.176.bin is the model that it loads.
+    """
+    return CurateRecipe(
+        name="basic",
+        embed=Embed(cached="datacomp-l14"),
+        columns=(Language(make="language", model="lid.176.bin"),),
+        selection=(
+            OneOf(column="language.label", one_of=("en",)),
+            Threshold(column="caption_words", at_least=3),
+            Threshold(column="caption_chars", at_least=6),
+            Threshold(column="min_side", at_least=200),
+            Threshold(column="aspect_ratio", at_most=3),
+        ),
+        write=Write(tars=False),
+    )
+
+
+def straw_men(keep_fraction: float) -> dict[str, Select]:
+    """One number alone, by name: what a method must beat (arXiv:2512.16905's comparison). Clarity needs the columns of
+    `jobs.fit quality`, aesthetic a head called `aesthetic`."""
+    columns = {"clarity": "quality.sharpness", "match": "clip_score", "aesthetic": "aesthetic.score"}
+    return {
+        name: Select(method={"name": "clip_score", "column": column}, keep_fraction=keep_fraction)
+        for name, column in columns.items()
+    }
+
+
 CURATE: dict[str, Callable[[], CurateRecipe]] = {
-    recipe.__name__: recipe for recipe in (debug, small, medium, large, laion)
+    recipe.__name__: recipe for recipe in (debug, small, medium, large, laion, basic)
 }
 """Recipes of `jobs.curate`, by name."""
 
@@ -146,6 +177,11 @@ def embeddings_small() -> EmbeddingsRecipe:
         compute=Compute(device="cuda", decode_threads=8),
     )
 
+
+QUALITY: dict[str, Callable[[], QualityRecipe]] = {
+    "cpu": lambda: QualityRecipe(column="quality", compute=Compute(device="cpu"))
+}
+"""Recipes of `jobs.fit quality`, by name."""
 
 EMBEDDINGS: dict[str, Callable[[], EmbeddingsRecipe]] = {"debug": embeddings_debug, "small": embeddings_small}
 """Recipes of `jobs.fit embeddings`, by name."""

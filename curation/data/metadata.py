@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
+from curation.data.mapped import mapped_arrays
 from curation.data.parquet_columns import as_uid, find_name
 from curation.data.parquet_shards import num_rows_of, opened_file
 from curation.data.storage import ListedShard
@@ -117,25 +118,10 @@ def build(url: str, files: Sequence[ListedShard]) -> dict[str, Any]:
 def opened(url: str) -> Index:
     """The index at `url`, mapped into memory; one in a bucket is first copied to this machine, once a process."""
     account = manifest.read(storage.join(url, "index.json"))
-    names, arrays = account["columns"], _array_names(len(account["columns"]))
-    if not storage.is_local(url):
-        url = _copied(url, arrays)
-    high, low, *columns, file, row = (
-        np.load(storage.join(url, name), mmap_mode="r", allow_pickle=False) for name in arrays
-    )
+    names = account["columns"]
+    high, low, *columns, file, row = mapped_arrays(url, _array_names(len(names)))
     files = [MetadataFile(*file) for file in account["files"]]
     return Index(high, low, dict(zip(names, columns, strict=True)), file, row, files)
-
-
-_COPIES = contextlib.ExitStack()
-"""Folders of copied indexes; they go when the process does."""
-
-
-def _copied(url: str, files: Sequence[str]) -> str:
-    folder = _COPIES.enter_context(tempfile.TemporaryDirectory(prefix="curation-metadata-"))
-    for name in files:
-        storage.copy(storage.join(url, name), storage.join(folder, name))
-    return folder
 
 
 def _array_names(num_columns: int) -> list[str]:

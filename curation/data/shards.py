@@ -79,6 +79,7 @@ WARNINGS: dict[str, str] = {
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
     "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:absent": "a shard is named by the pattern, but is not there",
+    "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
 }
 """Everything that is counted without dropping a sample."""
 

@@ -40,7 +40,7 @@ class UidSort:
         if any(folder.iterdir()):
             raise ValueError(f"folder must be empty, got {folder}")
         self._folder = folder
-        self._bounds = _comparable(splitters_P2)
+        self._bounds = comparable(splitters_P2)
         self._rows_per_bucket = rows_per_bucket
 
     def add(self, words_N2: np.ndarray, addresses: np.ndarray) -> None:
@@ -49,7 +49,7 @@ class UidSort:
             return
         rows = np.empty(len(addresses), ROW_DTYPE)
         rows["high"], rows["low"], rows["address"] = words_N2[:, 0], words_N2[:, 1], addresses
-        bucket = np.searchsorted(self._bounds, _comparable(words_N2), side="right")
+        bucket = np.searchsorted(self._bounds, comparable(words_N2), side="right")
         order = np.argsort(bucket, kind="stable")
         numbers, starts = np.unique(bucket[order], return_index=True)
         for number, start, end in zip(numbers, starts, [*starts[1:], len(rows)], strict=True):
@@ -102,6 +102,6 @@ def _words(rows: np.ndarray) -> np.ndarray:
     return np.stack([rows["high"], rows["low"]], axis=1)
 
 
-def _comparable(words_N2: np.ndarray) -> np.ndarray:
+def comparable(words_N2: np.ndarray) -> np.ndarray:
     """16-byte big-endian strings that compare as the two words do."""
     return np.ascontiguousarray(words_N2.astype(">u8")).view("S16").ravel()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +31,11 @@ from curation.distributed.shard_pool import records_of
 from curation.models.clip import Precision, load_towers, weights_digest
 from curation.models.frozen import frozen_digest, load_frozen
 from curation.numerics.contrastive import cosine
-from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe
+from curation.numerics.picture import laplacian_variance, plainness
+from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe
 from curation.recipe.parts import Pool
 
+QUALITY = ("sharpness", "plainness")
 ROWS_AT_A_TIME = 512
 """Rows whose images are read as one byte range and decoded ahead of the network."""
 
@@ -162,6 +165,9 @@ def load_maker(spec: ColumnsSpec) -> Maker:
         )
         blank = frozen.resize(Image.new("RGB", (64, 64)))
         return Maker(frozen.resize, blank, lambda inputs, _: {"": frozen.embed(inputs).astype(np.float16)}, {})
+    if isinstance(spec.recipe, QualityRecipe):
+        measure = partial(quality, max_side=spec.recipe.max_side)
+        return Maker(measure, np.zeros(2, np.float32), lambda told, _: dict(zip(QUALITY, told.T, strict=True)), {})
     assert isinstance(spec.recipe, EmbeddingsRecipe)
     weights = spec.recipe.weights
     towers = load_towers(
@@ -185,6 +191,17 @@ def load_maker(spec: ColumnsSpec) -> Maker:
     if spec.num_features is not None:
         return Maker(None, np.zeros(spec.num_features, np.float16), make, run_values)
     return Maker(towers.resize, np.zeros((*towers.image_size, 3), np.uint8), make, run_values)
+
+
+def quality(image: Image.Image, *, max_side: int) -> np.ndarray:
+    """Sharpness and plainness of an image, (2,) float32."""
+    grey = image.convert("L")
+    scale = max_side / max(grey.size)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in grey.size)
+        grey = grey.resize((width, height), Image.Resampling.BOX)
+    grey_HW = np.asarray(grey)
+    return np.array([laplacian_variance(grey_HW), plainness(grey_HW)], np.float32)
 
 
 def column_name(recipe: ColumnsRecipe, part: str) -> str:
@@ -280,6 +297,8 @@ def features_of(recipe: ColumnsRecipe) -> str | None:
 def _weights_digest(recipe: ColumnsRecipe) -> str:
     if isinstance(recipe, FeaturesRecipe):
         return frozen_digest(recipe.network.library, recipe.network.model, **recipe.network.source())
+    if isinstance(recipe, QualityRecipe):
+        return f"quality, longer side at most {recipe.max_side}"
     assert isinstance(recipe, EmbeddingsRecipe)
     return weights_digest(recipe.weights.model, **recipe.weights.source())
 

@@ -25,9 +25,12 @@ from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
 from curation.distributed import versions
+from curation.distributed.audit import write_waterfall_and_audit
 from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.distributed.guards import guards
+from curation.distributed.made_columns import make_columns
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
@@ -367,9 +370,16 @@ def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summar
     numbers = sorted(embedded.pool)
     watch.stage("select")
     begun = time.time()
+    make_columns(recipe, embedded.pieces, numbers)
     selected = selection.select(
-        recipe.output, numbers, embedded=summary.embedded, steps=recipe.selection, seed=recipe.seed
+        recipe.output,
+        numbers,
+        embedded=summary.embedded,
+        steps=recipe.selection,
+        seed=recipe.seed,
+        guards=guards(recipe, embedded.pieces, numbers),
     )
+    warnings = {**summary.warnings, **write_waterfall_and_audit(recipe, numbers, selected)}
     select_seconds = time.time() - begun
     watch.stage("write")
     begun = time.time()
@@ -382,7 +392,7 @@ def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summar
         read=summary.read,
         embedded=summary.embedded,
         dropped=summary.dropped,
-        warnings=summary.warnings,
+        warnings=warnings,
         waterfall=waterfall,
         selected=selected.rows,
         licences=written.licences,
@@ -398,7 +408,7 @@ def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summar
         "select": round(summary.embedded / select_seconds, 1),
         "write": round(selected.rows / write_seconds, 1),
     }
-    return _replaced(summary, selected=selected.rows, waterfall=waterfall, images_per_second=rates)
+    return _replaced(summary, selected=selected.rows, waterfall=waterfall, warnings=warnings, images_per_second=rates)
 
 
 def _replaced(summary: Summary, **changes: Any) -> Summary:

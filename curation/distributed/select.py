@@ -13,10 +13,10 @@ import difflib
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,16 +25,21 @@ import torch
 
 from curation import addresses
 from curation.columns import JSON_PREFIX
-from curation.data import derived_columns, storage, tables
-from curation.data.derived_columns import DERIVED, sources_of
+from curation.data import row_tests, storage, tables
+from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
+from curation.data.labels import LABELS, URL_COLUMNS
+from curation.data.row_tests import RowTest, Within
+from curation.data.tallies import EXAMPLES, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
+from curation.distributed.balance import within_quotas
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics import sampling
 from curation.numerics.sampling import Cut, CutSearch, Pass, PassCount
-from curation.recipe import Select, Step, Threshold
+from curation.recipe import Balance, OneOf, Select, Step, Threshold
 from curation.selector import Rows
 
+T = TypeVar("T")
 LOWEST_SCORE = Cut(key_bits=1, tie=0)
 """Keeps every row that has a score: only NaN lies below it."""
 
@@ -46,29 +51,28 @@ SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
 OFFLINE_PROGRESS = 0.0
 KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256", "caption", "width", "height")
 LICENSE_COLUMNS = tuple(JSON_PREFIX + name for name in ("license", "licence", "LICENSE"))
-URL_COLUMNS = tuple(JSON_PREFIX + name for name in ("url", "URL"))
 
 
 class Decided(NamedTuple):
-    """A step whose outcome for any row is known: a threshold, or a selector with the cut of its key."""
+    """A step whose outcome for any row is known: a test of the row, or a selector with the cut of its key."""
 
-    step: Step
+    step: RowTest | Select
     seed: int
     cut: Cut
 
     @property
     def needs(self) -> frozenset[str]:
         """Columns of the sample table that the test reads."""
-        step = self.step
-        return frozenset(sources_of(step.column)) if isinstance(step, Threshold) else step.selector().needs
+        return self.step.selector().needs if isinstance(self.step, Select) else self.step.needs
 
 
 class StepCount(NamedTuple):
-    """What one step of the selection did."""
+    """What one step of the selection did; `examples` are addresses of rows that it removed, a sample of at most 8."""
 
     name: str
     rows_in: int
     rows_out: int
+    examples: tuple[int, ...] = ()
 
 
 class Selected(NamedTuple):
@@ -84,22 +88,46 @@ class Selected(NamedTuple):
         return self.counts[-1].rows_out
 
 
-def select(output: str, numbers: Sequence[int], *, embedded: int, steps: Sequence[Step], seed: int) -> Selected:
-    """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped."""
+def select(
+    output: str,
+    numbers: Sequence[int],
+    *,
+    embedded: int,
+    steps: Sequence[Step],
+    seed: int,
+    guards: Sequence[RowTest] = (),
+) -> Selected:
+    """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped.
+
+    `guards` come first; they do not move the steps' seeds.
+    """
     groups = in_groups(numbers)
     _check_columns(output, groups, steps)
     bounds = _uid_bounds(output, numbers, embedded=embedded)
-    rows = embedded - _fold_duplicates(output, groups, bounds)
-    counts = [StepCount("duplicate_uid", embedded, rows)]
+    later = _fold_duplicates(output, groups, bounds)
+    rows = embedded - len(later)
+    counts = [StepCount("duplicate_uid", embedded, rows, tuple(later[:EXAMPLES].tolist()))]
     decided: list[Decided] = []
-    for place, step in enumerate(steps):
-        now = Decided(step, _seed_of_step(seed, place), sampling.KEEP_ALL)
+    for place, step in enumerate([*guards, *steps], start=-len(guards)):
+        of_step = _seed_of_step(seed, place)
+        if isinstance(step, Balance):
+            test = within_quotas(step, of_step, partial(tally, output, groups, decided))
+        else:
+            test = _test_of(step)
+        now = Decided(test, of_step, sampling.KEEP_ALL)
         if isinstance(step, Select):
             now = now._replace(cut=_find_cut(step, output, groups, [*decided, now], rows))
         decided = [*decided, now]
-        rows_in, rows = rows, sum(ordered(_count, ((output, group, decided) for group in groups)))
-        counts.append(StepCount(step.name, rows_in, rows))
+        removed = tally(output, groups, decided, RemovedRows())
+        rows_in, rows = rows, removed.rows if removed else 0
+        counts.append(StepCount(step.name, rows_in, rows, tuple(removed.addresses.tolist()) if removed else ()))
     return Selected(decided, counts, bounds)
+
+
+def tally(output: str, groups: Sequence[list[int]], decided: Sequence[Decided], count: Tally[T]) -> T | None:
+    """One pass over the candidates; None if there is no shard."""
+    told = ordered(_tally, ((output, group, list(decided), count) for group in groups))
+    return reduce(count.add, told) if groups else None
 
 
 def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
@@ -109,7 +137,8 @@ def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -
 
 def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
     """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
-    wanted = {step.column for step in steps if isinstance(step, Threshold) and step.nulls == "drop"} - DERIVED.keys()
+    filters = [step for step in steps if isinstance(step, (Threshold, OneOf)) and step.nulls == "drop"]
+    wanted = {step.column for step in filters} - DERIVED.keys() - LABELS.keys()
     for step in steps:
         if isinstance(step, Select):
             wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
@@ -123,6 +152,15 @@ def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) 
         raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {own}")
 
 
+def _test_of(step: Threshold | OneOf | Select | RowTest) -> RowTest | Select:
+    """A filter of the recipe as the test that it is."""
+    if isinstance(step, Threshold):
+        return Within(step.name, step.column, step.at_least, step.at_most, step.nulls)
+    if isinstance(step, OneOf):
+        return row_tests.OneOf(step.name, step.column, step.one_of, step.nulls)
+    return step
+
+
 def _seed_of_step(seed: int, place: int) -> int:
     """A seed of its own for each step of the selection, from the run's."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8], "little") >> 1
@@ -134,8 +172,8 @@ def _uid_bounds(output: str, numbers: Sequence[int], *, embedded: int) -> np.nda
     return splitters(np.concatenate([np.zeros((0, 2), np.uint64), *sample]), num_rows=embedded)
 
 
-def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -> int:
-    """Save the sorted addresses of all rows whose uid has a lower address; returns how many there are."""
+def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -> np.ndarray:
+    """Save the addresses of all rows whose uid has a lower address; returns them, sorted."""
     with tempfile.TemporaryDirectory(prefix="curation-uids-") as folder:
         by_uid = UidSort(Path(folder), splitters_P2=bounds)
         for where, words in ordered(_uids, ((output, group) for group in groups)):
@@ -145,7 +183,7 @@ def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -
     num_shards = 1 + max((group[-1] for group in groups), default=-1)
     _save(output, DUPLICATES, later)
     _save(output, DUPLICATES_FROM, np.searchsorted(addresses.shard_of(later), np.arange(num_shards + 1)))
-    return len(later)
+    return later
 
 
 def _save(output: str, name: str, values_N: np.ndarray) -> None:
@@ -201,9 +239,9 @@ def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return table["address"].to_numpy(), sampling.uid_words(table["uid"].to_pylist())
 
 
-def _count(output: str, numbers: list[int], decided: list[Decided]) -> int:
-    needs = _needs(decided)
-    return sum(int(_surviving(_candidates(output, number, needs), decided).sum()) for number in numbers)
+def _tally(output: str, numbers: list[int], decided: list[Decided], count: Tally[T]) -> T:
+    tables_ = (_candidates(output, number, _needs(decided) | count.needs) for number in numbers)
+    return reduce(count.add, (count(table, _stages(table, decided)) for table in tables_))
 
 
 def _count_pass(output: str, numbers: list[int], decided: list[Decided], this_pass: Pass) -> PassCount:
@@ -257,20 +295,17 @@ def _duplicates_in(output: str, number: int) -> np.ndarray:
 
 def _surviving(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
     """Which rows pass all the steps, (n,) bool."""
-    alive = np.ones(table.num_rows, dtype=bool)
-    for now in decided:
-        if isinstance(now.step, Threshold):
-            alive &= _within(now.step, table)
-        else:
-            alive &= sampling.kept(now.cut, *_bits_and_ties(table, now))
+    return _stages(table, decided)[-1]
+
+
+def _stages(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
+    """Which rows are left after each of the S steps, (S + 1, n) bool; the first are all."""
+    alive = np.ones((len(decided) + 1, table.num_rows), dtype=bool)
+    for place, now in enumerate(decided):
+        is_selector = isinstance(now.step, Select)
+        passes = sampling.kept(now.cut, *_bits_and_ties(table, now)) if is_selector else now.step.passes(table)
+        alive[place + 1] = alive[place] & passes
     return alive
-
-
-def _within(step: Threshold, table: pa.Table) -> np.ndarray:
-    values = derived_columns.numbers(table, step.column)
-    low = -np.inf if step.at_least is None else step.at_least
-    high = np.inf if step.at_most is None else step.at_most
-    return np.where(np.isnan(values), step.nulls == "keep", (values >= low) & (values <= high))
 
 
 def _bits_and_ties(table: pa.Table, now: Decided) -> tuple[np.ndarray, np.ndarray]:

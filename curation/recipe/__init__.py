@@ -4,10 +4,12 @@ Unknown names and values out of bounds are errors that name the field. A recipe 
 saves its own, resolved, in its output.
 """
 
+from curation.recipe.balance import Audit, Balance, Group
 from curation.recipe.curate import (
     Compute,
     CurateRecipe,
     Embed,
+    OneOf,
     Select,
     Step,
     Threshold,
@@ -18,9 +20,13 @@ from curation.recipe.parts import Part, Pool
 from curation.recipe.train import TrainRecipe
 
 __all__ = [
+    "Audit",
+    "Balance",
     "Compute",
     "CurateRecipe",
     "Embed",
+    "Group",
+    "OneOf",
     "Part",
     "Pool",
     "Select",

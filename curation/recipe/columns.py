@@ -49,6 +49,13 @@ class FeaturesRecipe(ColumnsRecipe):
     network: Network = Network()
 
 
+class QualityRecipe(ColumnsRecipe):
+    """Columns NAME.sharpness (variance of the Laplacian) and NAME.plainness (share of the commonest tone), float32."""
+
+    max_side: int = Field(default=256, ge=8)
+    """A longer side is shrunk to this first, nothing is enlarged: sharpness compares at one scale only."""
+
+
 class EmbeddingsRecipe(ColumnsRecipe):
     """Columns NAME.image_embedding and NAME.text_embedding (D,) float16 and NAME.clip_score: another model's."""
 

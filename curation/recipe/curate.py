@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-import tyro
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from curation.data.derived_columns import DERIVED
-from curation.recipe.parts import Part, Pool, WholeRecipe, selector_of
+from curation.data.tables import check_piece_name
+from curation.recipe.balance import Audit, Balance
+from curation.recipe.guards import DecontaminateArgument, ExcludeArgument, HoldoutArgument
+from curation.recipe.made_columns import MadeColumnsArgument
+from curation.recipe.parts import Part, Pool, WholeRecipe, json_argument, selector_of
 from curation.selector import PoolSelector
 
 CachedLayout = Literal["clip-retrieval", "datacomp-b32", "datacomp-l14"]
@@ -104,6 +107,21 @@ class Threshold(Part):
         return f"{low}{self.column}{high}"
 
 
+class OneOf(Part):
+    """A filter: keep the rows whose column is one of some words."""
+
+    column: str
+    """`NAME.label` of a language column, `url_domain`, or a field of the pool, such as `json.LANGUAGE`."""
+    one_of: tuple[str, ...] = Field(min_length=1)
+    nulls: Literal["drop", "keep"] = "drop"
+    """What happens to a row without a value."""
+
+    @property
+    def name(self) -> str:
+        """What the account calls this step."""
+        return f"{self.column} in {', '.join(self.one_of)}"
+
+
 class Select(Part):
     """A selector: rank the rows by a method's score and keep the top ones."""
 
@@ -143,11 +161,19 @@ class Select(Part):
 def _kind_of_step(step: Any) -> str:
     """A filter names a column, a selector a method; so an error is told about the one that was meant."""
     if isinstance(step, dict):
-        return "filter" if "column" in step else "selector"
-    return "filter" if isinstance(step, Threshold) else "selector"
+        return next((kind for field, kind in KINDS.items() if field in step), "selector")
+    return next(kind for field, kind in KINDS.items() if hasattr(step, field))
 
 
-Step = Annotated[Annotated[Threshold, Tag("filter")] | Annotated[Select, Tag("selector")], Discriminator(_kind_of_step)]
+KINDS = {"one_of": "words", "method": "selector", "balance": "balance", "column": "filter"}
+"""The field by which a step is known -> its kind."""
+Step = Annotated[
+    Annotated[Threshold, Tag("filter")]
+    | Annotated[OneOf, Tag("words")]
+    | Annotated[Select, Tag("selector")]
+    | Annotated[Balance, Tag("balance")],
+    Discriminator(_kind_of_step),
+]
 _STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
 
 
@@ -156,20 +182,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     return _STEPS.validate_json(text)
 
 
-def _steps_text(steps: tuple[Step, ...]) -> list[str]:
-    return [json.dumps([step.model_dump(exclude_defaults=True) for step in steps])]
-
-
-StepsArgument = Annotated[
-    tuple[Step, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: parse_steps(words[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=_steps_text,
-    ),
-]
+StepsArgument = Annotated[tuple[Step, ...], json_argument(tuple[Step, ...], tuple)]
 
 
 class Write(Part):
@@ -190,8 +203,18 @@ class CurateRecipe(WholeRecipe):
     pool: Pool = Pool()
     embed: Embed = Embed()
     compute: Compute = Compute()
+    columns: MadeColumnsArgument = ()
+    """Columns that are made of stored ones before the selection, for its steps: languages, heads, clusters."""
     selection: StepsArgument = (Select(method={"name": "clip_score"}, keep_fraction=0.3),)
     """Filters and selectors, applied in order, each to what the one before it left."""
+    exclude: ExcludeArgument = ()
+    """Lists of samples that are never kept, whatever the selection."""
+    holdout: HoldoutArgument = None
+    """Disjoint parts of the pool, and the one that this selection is of."""
+    decontaminate: DecontaminateArgument = None
+    """Evaluation sets whose copies are cut; by default exact ones and near ones."""
+    audit: Audit = Audit()
+    """What is told of the groups of rows that the selection keeps and leaves out."""
     write: Write = Write()
     output: str = ""
     """Folder or fsspec URL of the run."""
@@ -199,6 +222,13 @@ class CurateRecipe(WholeRecipe):
     """Seed of every random choice of the selection."""
     max_drop_fraction: float = Field(default=0.1, ge=0, le=1)
     """The run fails when a larger share of what it read had to be dropped."""
+
+    @model_validator(mode="after")
+    def _columns_have_names_of_their_own(self) -> Self:
+        names = [check_piece_name(column.name) for column in self.columns]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"columns: two of them are called {sorted(twice)[0]!r}")
+        return self
 
     @model_validator(mode="after")
     def _tars_need_images(self) -> Self:

@@ -7,7 +7,7 @@ import json
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from curation.columns import FORMAT_VERSION
 from curation.data.shards import ReadRules
@@ -19,6 +19,18 @@ class Part(BaseModel):
     """A part of a recipe: immutable, and a name that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def json_argument(kind: Any, instances: type | tuple[type, ...]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """On the command line, a field that is one word of JSON; `instances` is what a value of it is."""
+    adapter = TypeAdapter(kind)
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: adapter.validate_json(words[0]),
+        is_instance=lambda value: isinstance(value, instances),
+        str_from_instance=lambda value: [adapter.dump_json(value, exclude_defaults=True).decode()],
+    )
 
 
 class WeightsSource(TypedDict):

@@ -24,8 +24,9 @@ from curation.distributed.train import check, train
 from curation.distributed.train_plan import checked as checked_training
 from curation.models.clip import weights_digest
 from curation.models.frozen import frozen_digest, load_frozen
+from curation.numerics.picture import laplacian_variance, plainness
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Threshold, TrainRecipe, Write
-from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
 from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
 from jobs import fit
 from tests.distributed.conftest import WriteShard
@@ -252,3 +253,26 @@ def test_the_command_makes_columns_and_says_what_it_did(
     assert fit.main(["embeddings", "debug", "--run", str(tmp_path), "--column", "net"]) == 2
     assert "is no run of jobs.curate" in capsys.readouterr().err
     assert fit.main(["nothing"]) == 2
+
+
+def test_sharpness_and_plainness_are_measured_on_the_grey_image(run: Path) -> None:
+    recipe = QualityRecipe(run=str(run), column="quality", max_side=12, compute=CPU)
+    assert add_columns(recipe).rows == 47
+    told = tables.read(str(run), 0, ["quality.sharpness", "quality.plainness"]).to_pylist()
+    with tarfile.open(run.parent / "pool" / "00000.tar") as tar:
+        image = tar.extractfile("000000000.jpg")
+        assert image is not None
+        grey = np.asarray(Image.open(image).convert("L").resize((12, 10), Image.Resampling.BOX))
+    assert told[0]["quality.sharpness"] == pytest.approx(laplacian_variance(grey), rel=1e-6)
+    assert told[0]["quality.plainness"] == pytest.approx(plainness(grey), rel=1e-6)
+    assert told[3]["quality.sharpness"] is None  # a broken image
+    assert select(str(run), [0, 1], embedded=47, steps=[Threshold(column="quality.plainness", at_most=0.99)], seed=0)
+    with pytest.raises(OtherRun, match="the column 'quality' of shard 0"):
+        add_columns(recipe.model_copy(update={"max_side": 16}))
+
+
+def test_a_blank_image_is_plain_and_never_enlarged() -> None:
+    sharpness, plain = columns.quality(Image.new("RGB", (300, 5), (9, 9, 9)), max_side=100)
+    assert (sharpness, plain) == (0.0, 1.0)
+    small = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    assert columns.quality(small, max_side=256)[1] == np.float32(plainness(np.asarray(small)))

@@ -1,0 +1,32 @@
+"""Two numbers that tell a picture from no picture: how sharp it is, and how much of it is one plain tone.
+
+Sharpness is the variance of the Laplacian of the grey values (Pech-Pacheco et al. 2000, doi:10.1109/ICPR.2000.903548):
+low for what is out of focus or enlarged, high for fine texture and for noise. Plainness is the share of pixels within a
+few levels of the commonest tone: 1 for a blank, near 1 for a placeholder or a line of text on white.
+
+H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PLAIN_LEVELS = 4
+"""Grey levels either side of the commonest that count as the same tone: more than JPEG's noise on a blank."""
+
+
+def laplacian_variance(grey_HW: np.ndarray) -> float:
+    """Variance of the 4-neighbour Laplacian inside the border, grey values in [0, 255]; 0 below 3 x 3 pixels."""
+    if min(grey_HW.shape) < 3:
+        return 0.0
+    grey = grey_HW.astype(np.float32)
+    inner = grey[1:-1, 1:-1]
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
+    return float(laplacian.var(dtype=np.float64))
+
+
+def plainness(grey_HW: np.ndarray) -> float:
+    """Share of the pixels (uint8) within PLAIN_LEVELS of the commonest grey value, in (0, 1]."""
+    counts = np.bincount(grey_HW.ravel(), minlength=256)
+    tone = int(counts.argmax())
+    return float(counts[max(0, tone - PLAIN_LEVELS) : tone + PLAIN_LEVELS + 1].sum() / grey_HW.size)
