@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from curation.methods._pool_order import uid_column_words
 from curation.numerics.sampling import hash_words, tie_hash
-from curation.selector import Rows, Selection, uniform_weights
+from curation.selector import BucketSelector, OutcomeSelector, Rows, Selection, uniform_weights
 
 
 def unit_rows(rows: Rows, column: str) -> Tensor:
@@ -38,12 +38,34 @@ def canonical_order(rows: Rows) -> Tensor:
     return torch.from_numpy(order).to(rows["uid"].device)
 
 
-def random_place(rows: Rows, rng: Generator) -> int:
+def random_place(uid_N2: Tensor, rng: Generator) -> int:
     """A row drawn evenly, whatever their order: the one whose uid has the highest hash under a seed from `rng`."""
     seed = int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
-    return int(hash_words(uid_column_words(rows["uid"]), seed).argmax())
+    return int(hash_words(uid_column_words(uid_N2), seed).argmax())
 
 
 def chosen_rows(order: Tensor, chosen_K: Tensor) -> Selection:
     """The selection of the rows at `chosen_K` (K,) of the order, weight 1 each."""
     return Selection(indices=order[chosen_K], weights=uniform_weights(len(chosen_K)).to(order.device))
+
+
+def rows_that_stay(selector: OutcomeSelector, rows: Rows, *, keep: int | None, progress: float) -> Selection:
+    """The rows that score above the selector's mark, in their order. ValueError if a number of rows is asked for."""
+    if keep is not None:
+        raise ValueError(f"keep must be None, how many rows stay is the outcome; got {keep}")
+    scores = selector.score(rows, progress)
+    places = torch.arange(len(scores), device=scores.device)
+    return chosen_rows(places, (scores > selector.above).nonzero().flatten())
+
+
+def order_of_preference(preference: Tensor) -> Tensor:
+    """Places (n,) of rows in canonical order, the highest preference first; NaN is preferred to nothing."""
+    return preference.float().nan_to_num(nan=-torch.inf).sort(descending=True, stable=True).indices
+
+
+def check_bucket_sizes(selector: BucketSelector) -> None:
+    """ValueError if buckets of no rows, or larger than what is one bucket anyway, are asked for."""
+    if not 1 <= selector.bucket_rows <= selector.exact_rows:
+        raise ValueError(
+            f"bucket_rows must be in [1, exact_rows], got {selector.bucket_rows} and {selector.exact_rows}"
+        )

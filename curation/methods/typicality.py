@@ -29,10 +29,10 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from curation.methods._in_memory import canonical_order, chosen_rows, unit_rows
+from curation.methods._in_memory import canonical_order, check_bucket_sizes, chosen_rows, unit_rows
 from curation.numerics.greedy import greedy_by_distance
 from curation.numerics.neighbors import fit_centroids, nearest_centroids, nearest_distances
-from curation.selector import Rows, Selection, check_keep, check_needs, num_rows, take
+from curation.selector import Rows, Selection, check_keep, check_needs, num_rows
 
 RULES = ("product", "lightly", "typiclust", "top")
 EPSILON = 1e-5
@@ -120,6 +120,10 @@ class Typicality:
     """Typiclust only: at most this many, fewer if fewer rows are kept."""
     column: str = "image_embedding"
     """Which vectors: ours, or a later column such as one of `jobs.fit features`."""
+    exact_rows: int = 100_000
+    """Up to so many rows of a pool are chosen from as one set."""
+    bucket_rows: int = 20_000
+    """Above that, k-means cuts the pool into buckets of about this many, and each has its quota."""
     fixed_size = True
     unbiased = False
 
@@ -132,6 +136,7 @@ class Typicality:
         for name in ("distance_strength", "typicality_strength"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        check_bucket_sizes(self)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -142,6 +147,16 @@ class Typicality:
     def records(self) -> Literal["score"]:
         """The ledger keeps the typicality."""
         return "score"
+
+    @property
+    def bucket_by(self) -> Literal["clusters"]:
+        """A large pool is cut by k-means."""
+        return "clusters"
+
+    @property
+    def quota(self) -> Literal["proportional"]:
+        """By rows: the product takes from each region in proportion to what is in it."""
+        return "proportional"
 
     def score(self, rows: Rows, progress: float) -> Tensor:
         """Typicality (n,) float32 among these rows; 0 for an only one."""
@@ -154,20 +169,23 @@ class Typicality:
         Only typiclust draws from `rng`, the seed of its clusters.
         """
         check_needs(self, rows)
-        keep = check_keep(keep, num_rows(rows))
-        order = canonical_order(rows)
-        if not keep:
-            return chosen_rows(order, order[:0])
-        rows_ND = unit_rows(take(rows, order), self.column)
-        return chosen_rows(order, self._chosen(rows_ND, keep, rng))
+        return self.select_scored(rows, check_keep(keep, num_rows(rows)), progress, rng)[0]
 
-    def _chosen(self, rows_ND: Tensor, keep: int, rng: Generator) -> Tensor:
+    def select_scored(self, rows: Rows, keep: int, progress: float, rng: Generator) -> tuple[Selection, Tensor]:
+        """The same, and all rows' typicality (n,)."""
+        order = canonical_order(rows)
+        rows_ND = unit_rows(rows, self.column)[order]
+        typicality_N = self._typicality(rows_ND)
+        scores_N = torch.empty_like(typicality_N)
+        scores_N[order] = typicality_N
+        return chosen_rows(order, self._chosen(rows_ND, typicality_N, keep, rng) if keep else order[:0]), scores_N
+
+    def _chosen(self, rows_ND: Tensor, typicality_N: Tensor, keep: int, rng: Generator) -> Tensor:
         if self.rule == "typiclust":
             seed = int(torch.randint(2**31 - 1, (), generator=rng, device=rng.device))
             return typiclust(
                 rows_ND, keep=keep, num_neighbors=self.num_neighbors, max_clusters=self.max_clusters, seed=seed
             )
-        typicality_N = self._typicality(rows_ND)
         if self.rule == "top":
             return typicality_N.sort(descending=True, stable=True).indices[:keep]
         by_rule = product_rule if self.rule == "product" else accumulating_rule
