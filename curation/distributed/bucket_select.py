@@ -32,8 +32,8 @@ from curation.data.uid_sort import UidSort, splitters
 from curation.data.verdicts import KeptRows
 from curation.distributed.tasks import ordered
 from curation.numerics import bucketing, sampling
+from curation.numerics.bucket_quotas import bucket_quotas
 from curation.numerics.bucketing import Cutting
-from curation.numerics.quotas import quotas
 from curation.selector import BucketSelector, OutcomeSelector, QuotaSelector, Rows
 
 ROWS_PER_RUN = 50_000
@@ -78,7 +78,7 @@ def decide(
     quotas_K = None
     if isinstance(selector, QuotaSelector):
         assert keep is not None
-        quotas_K = quotas(sizes_K, keep=min(keep, int(sizes_K.sum())), rule=selector.quota)
+        quotas_K = bucket_quotas(sizes_K, keep=min(keep, int(sizes_K.sum())), rule=selector.quota)
     runs = list(_runs(sizes_K))
     inputs = (
         (buckets, place, run, len(groups), None if quotas_K is None else quotas_K[run.start : run.stop])
@@ -142,9 +142,8 @@ def _write_verdict(folder: str, num_runs: int, groups: Sequence[list[int]], *, n
         words = np.stack([kept["address"].astype(np.uint64), kept["score"].view(np.uint32).astype(np.uint64)], axis=1)
         return words, kept["address"]
 
-    sample = np.concatenate(
-        [np.zeros((0, 2), np.uint64), *(read(place)[0][:1024] for place in range(min(num_runs, 64)))]
-    )
+    spread = range(0, num_runs, max(1, num_runs // 64))
+    sample = np.concatenate([np.zeros((0, 2), np.uint64), *(read(place)[0][::64] for place in spread)])
     with tempfile.TemporaryDirectory(prefix="curation-verdict-") as spool:
         by_address = UidSort(Path(spool), splitters_P2=splitters(sample, num_rows=num_kept))
         for place in range(num_runs):
@@ -260,12 +259,9 @@ def _decide_run(
         here = rows[of_bucket == bucket]
         if not len(here):
             continue
-        columns: Rows = {
-            name: torch.from_numpy(here[name].copy()) for name in here.dtype.names or () if name != "address"
-        }
-        chosen, scores = _decide_bucket(
-            buckets, bucket, columns, None if quotas_K is None else int(quotas_K[bucket - run.start])
-        )
+        columns = {name: torch.from_numpy(here[name].copy()) for name in here.dtype.names or () if name != "address"}
+        quota = None if quotas_K is None else int(quotas_K[bucket - run.start])
+        chosen, scores = _decide_bucket(buckets, bucket, columns, quota)
         stays = np.empty(len(chosen), KEPT_DTYPE)
         stays["address"], stays["score"] = here["address"][chosen], scores[chosen]
         kept.append(stays)

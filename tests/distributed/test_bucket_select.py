@@ -1,4 +1,4 @@
-"""Steps that compare rows: over tables they are the selector itself, or its choice in each bucket; nothing is redone."""
+"""Steps that compare rows: over tables they are the selector itself, or it in each bucket; nothing is decided twice."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_lower_threshold_removes_what_a_higher_one_does_and_more():
     pool = planted_pool(seed=0)
     rows = rows_of(pool.rows)
     stay = [set(kept(SemanticDedup(min_cosine=cosine), rows)) for cosine in (0.9999, 0.99, 0.9, 0.5)]
-    assert all(fewer < more for more, fewer in zip(stay, stay[1:], strict=False))
+    assert all(fewer < more for more, fewer in itertools.pairwise(stay))
 
 
 def test_planted_copies_fall_and_nothing_else_does():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from curation.numerics.quotas import quotas
+from curation.numerics.bucket_quotas import bucket_quotas
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from curation.numerics.quotas import quotas
     ],
 )
 def test_by_hand(sizes, keep, rule, expected):
-    assert quotas(np.array(sizes), keep=keep, rule=rule).tolist() == expected
+    assert bucket_quotas(np.array(sizes), keep=keep, rule=rule).tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["proportional", "even"])
@@ -30,15 +30,18 @@ def test_they_add_up_and_no_bucket_gives_more_than_it_has(rule):
     for _ in range(50):
         sizes = rng.integers(0, 50, rng.integers(1, 20))
         keep = int(rng.integers(0, sizes.sum() + 1))
-        given = quotas(sizes, keep=keep, rule=rule)
+        given = bucket_quotas(sizes, keep=keep, rule=rule)
         assert given.sum() == keep
         assert ((given >= 0) & (given <= sizes)).all()
 
 
 def test_pools_of_billions_do_not_overflow():
-    assert quotas(np.array([3 * 10**9, 10**9]), keep=2 * 10**9, rule="proportional").tolist() == [15 * 10**8, 5 * 10**8]
+    assert bucket_quotas(np.array([3 * 10**9, 10**9]), keep=2 * 10**9, rule="proportional").tolist() == [
+        15 * 10**8,
+        5 * 10**8,
+    ]
 
 
 def test_more_than_there_is_is_refused():
     with pytest.raises(ValueError, match=r"keep must be in \[0, 3\], got 4"):
-        quotas(np.array([1, 2]), keep=4, rule="even")
+        bucket_quotas(np.array([1, 2]), keep=4, rule="even")

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 
-def quotas(sizes_K: np.ndarray, *, keep: int, rule: Literal["proportional", "even"]) -> np.ndarray:
+def bucket_quotas(sizes_K: np.ndarray, *, keep: int, rule: Literal["proportional", "even"]) -> np.ndarray:
     """Rows to keep of each bucket, (K,) int64, `keep` in all and none more than the bucket has.
 
     proportional: `keep` by the buckets' sizes, rounded by largest remainder. even: the same number of each, and what
