@@ -78,6 +78,59 @@ class PoolSelector(Selector, Protocol):
         ...
 
 
+@runtime_checkable
+class BucketSelector(Selector, Protocol):
+    """A selector that compares rows with one another, and so serves a pool bucket by bucket.
+
+    Over a pool of at most `exact_rows` rows it means its `select` on all of them; over a larger one, its `select` on
+    each of the buckets of about `bucket_rows` rows into which the pool is cut, with a part of `keep` for each.
+    """
+
+    @property
+    def column(self) -> str:
+        """What the pool is cut by."""
+        ...
+
+    @property
+    def bucket_by(self) -> Literal["clusters", "hashes"]:
+        """clusters: k-means of the column's vectors. hashes: rows of an equal hash are in one bucket."""
+        ...
+
+    @property
+    def exact_rows(self) -> int:
+        """Up to so many rows are one bucket."""
+        ...
+
+    @property
+    def bucket_rows(self) -> int:
+        """About so many rows are in each bucket of a larger pool."""
+        ...
+
+
+@runtime_checkable
+class QuotaSelector(BucketSelector, Protocol):
+    """A bucket selector that keeps as many rows as it is told."""
+
+    @property
+    def quota(self) -> Literal["proportional", "even"]:
+        """How `keep` is parted among the buckets: by their rows, or evenly as far as they have them."""
+        ...
+
+    def select_scored(self, rows: Rows, keep: int, progress: float, rng: Generator) -> tuple[Selection, Tensor]:
+        """What `select` and `score` give, for the price of one."""
+        ...
+
+
+@runtime_checkable
+class OutcomeSelector(BucketSelector, Protocol):
+    """A bucket selector that decides itself how many rows stay: those that score above a mark."""
+
+    @property
+    def above(self) -> float:
+        """The mark."""
+        ...
+
+
 def num_rows(rows: Rows) -> int:
     """The common length of the columns. ValueError if there is no column or the lengths differ."""
     lengths = {name: len(column) for name, column in rows.items() if not is_run_value(name)}

@@ -1,6 +1,7 @@
 """`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
+    dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
@@ -9,6 +10,7 @@
     plan     600,000 shards listed, planned and resumed: seconds and memory
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
+    subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
 
 `--tiny` runs the smallest size, which proves the command and measures nothing.
 """
@@ -22,7 +24,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import ablate, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select
+from jobs.benchmarks import (
+    ablate,
+    decode,
+    dedup,
+    embed,
+    feed,
+    ingest,
+    ledger,
+    ledger_actors,
+    plan,
+    race,
+    select,
+    subsample,
+)
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.tracks import TRACKS
 
@@ -37,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ablate": lambda given: ablate.benchmark(
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
     ),
+    "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
@@ -45,6 +61,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "plan": lambda given: plan.benchmark(tiny=given.tiny),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
 }
 
 
@@ -58,7 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs of runs (7)")
     parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
     parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
-    parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("out/race"),
+        help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
+    )
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)

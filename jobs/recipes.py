@@ -156,10 +156,16 @@ def features_tflite() -> FeaturesRecipe:
     return FeaturesRecipe(network=Network(library="tflite", model="FILE"), batch_size=1, compute=Compute(device="cpu"))
 
 
+def features_phash() -> FeaturesRecipe:
+    """64-bit perceptual hashes, for near duplicates by Hamming distance."""
+    return FeaturesRecipe(network=Network(library="phash", model="64"), batch_size=512, compute=Compute(device="cpu"))
+
+
 FEATURES: dict[str, Callable[[], FeaturesRecipe]] = {
     "debug": features_debug,
     "clip": features_clip,
     "tflite": features_tflite,
+    "phash": features_phash,
 }
 """Recipes of `jobs.fit features`, by name."""
 

@@ -31,6 +31,8 @@ def unit_rows(n: int, rng: Generator, *, width: int) -> Tensor:
 
 MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
     "uid": lambda n, rng: torch.randint(-(2**62), 2**62, (n, 2), generator=rng),
+    # Small, so that images repeat.
+    "sha256": lambda n, rng: torch.randint(4, (n, 2), generator=rng),
     # Rounded, so that there are ties.
     "clip_score": lambda n, rng: (torch.rand(n, generator=rng) * 2 - 1).mul(8).round().div(8),
     "learner_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
@@ -54,6 +56,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("jest", {"form": "softmax"}),
     ("jest", {"form": "softmax", "with_self_term": False}),
     ("rho", {"sampling": True}),
+    ("semantic_dedup", {"min_cosine": 0.5, "prefer": "clip_score"}),
+    ("typicality", {"rule": "lightly"}),
+    ("typicality", {"rule": "typiclust"}),
+    ("typicality", {"rule": "top"}),
 ]
 """Forms of a method that are held to the contract beside its defaults."""
 

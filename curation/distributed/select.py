@@ -2,9 +2,10 @@
 
 A selection is a list of steps, each applied to what the one before it left. Every step boils down to a test of a row by
 itself: a threshold on a column, or a selector's key against a cut that keeps exactly the top k. So what a task must
-know of all earlier steps is a few numbers, and no mask of the pool is ever stored. Cuts come from `numerics.sampling`:
-two passes over the key column in the usual case. Repeats of a uid are folded first, by a sort on disk: the lowest
-address stays.
+know of all earlier steps is a few numbers, and no mask of the pool is stored. Cuts come from `numerics.sampling`: two
+passes over the key column in the usual case. Only a step that compares rows with one another (`bucket_select`) leaves
+the addresses that it kept in a file, of which a task reads its shard's part. Repeats of a uid are folded first, by a
+sort on disk: the lowest address stays.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ import torch
 
 from curation import addresses
 from curation.columns import JSON_PREFIX
-from curation.data import row_tests, storage, tables
+from curation.data import manifest, row_tests, storage, tables, verdicts
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
 from curation.data.labels import LABELS, URL_COLUMNS
 from curation.data.row_tests import RowTest, Within
 from curation.data.tallies import EXAMPLES, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
+from curation.data.verdicts import Verdict, stored_part
+from curation.distributed import bucket_select
 from curation.distributed.balance import within_quotas
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics import sampling
 from curation.numerics.sampling import Cut, CutSearch, Pass, PassCount
 from curation.recipe import Balance, OneOf, Select, Step, Threshold
-from curation.selector import Rows
+from curation.selector import BucketSelector, Rows
 
 T = TypeVar("T")
 LOWEST_SCORE = Cut(key_bits=1, tie=0)
@@ -45,8 +48,8 @@ LOWEST_SCORE = Cut(key_bits=1, tie=0)
 
 DUPLICATES, DUPLICATES_FROM = "duplicates.npy", "duplicates_from.npy"
 """In selection/: addresses of all later copies, ascending, and where in that list each shard's begin (S + 1)."""
-NPY_HEADER_BYTES = 128
-"""Of a one-dimensional int64 array, however long."""
+STEPS = "steps"
+"""In selection/: a folder for each step that compares rows, called by the digest of all that can change its outcome."""
 SAMPLED_SHARDS, SAMPLED_ROWS = 64, 1024
 OFFLINE_PROGRESS = 0.0
 KEPT_COLUMNS = ("address", "uid", "key", "shard", "offset", "sha256", "caption", "width", "height")
@@ -112,10 +115,12 @@ def select(
         of_step = _seed_of_step(seed, place)
         if isinstance(step, Balance):
             test = within_quotas(step, of_step, partial(tally, output, groups, decided))
+        elif isinstance(step, Select) and isinstance(step.selector(), BucketSelector):
+            test = _compared(step, output, groups, decided, rows=rows, seed=of_step, place=place)
         else:
             test = _test_of(step)
         now = Decided(test, of_step, sampling.KEEP_ALL)
-        if isinstance(step, Select):
+        if isinstance(test, Select):
             now = now._replace(cut=_find_cut(step, output, groups, [*decided, now], rows))
         decided = [*decided, now]
         removed = tally(output, groups, decided, RemovedRows())
@@ -189,15 +194,12 @@ def _fold_duplicates(output: str, groups: list[list[int]], bounds: np.ndarray) -
 def _save(output: str, name: str, values_N: np.ndarray) -> None:
     with storage.write_atomic(storage.join(output, "selection", name)) as file:
         np.save(file, values_N.astype("<i8"))
-        assert file.tell() == NPY_HEADER_BYTES + values_N.size * 8
+        assert file.tell() == verdicts.HEADER_BYTES + values_N.size * 8
 
 
 def _saved(output: str, name: str, start: int, stop: int) -> np.ndarray:
     """Entries [start, stop) of what `_save` wrote: of the file only the bytes that hold them are read."""
-    if start == stop:
-        return np.zeros(0, np.int64)
-    first, last = (NPY_HEADER_BYTES + 8 * place for place in (start, stop))
-    return np.frombuffer(storage.read_range(storage.join(output, "selection", name), first, last), "<i8")
+    return stored_part(storage.join(output, "selection", name), "<i8", start, stop)
 
 
 def _find_cut(step: Select, output: str, groups: list[list[int]], decided: list[Decided], rows: int) -> Cut:
@@ -211,8 +213,37 @@ def _find_cut(step: Select, output: str, groups: list[list[int]], decided: list[
             return LOWEST_SCORE
         lowest = _search(output, groups, decided, keep=rank + 1)
         return Cut(key_bits=max(lowest.key_bits, LOWEST_SCORE.key_bits), tie=0)
-    keep = step.keep if step.keep is not None else round(rows * (step.keep_fraction or 0.0))
-    return _search(output, groups, decided, keep=min(keep, rows))
+    keep = _num_kept(step, rows)
+    assert keep is not None
+    return _search(output, groups, decided, keep=keep)
+
+
+def _compared(
+    step: Select, output: str, groups: list[list[int]], decided: list[Decided], *, rows: int, seed: int, place: int
+) -> Verdict:
+    """The verdict of a step that compares the `rows` rows which reach it, made unless it is there."""
+    made_by = [groups, rows, repr(decided), step.model_dump(mode="json"), seed]
+    folder = storage.join(output, "selection", STEPS, manifest.digest(made_by)[:32])
+    bucket_select.decide(
+        step.selector(),
+        folder=folder,
+        groups=groups,
+        candidates=partial(_reaching, output, tuple(decided)),
+        rows=rows,
+        keep=_num_kept(step, rows),
+        seed=seed,
+    )
+    sweep = storage.join(folder, "sweep.csv")
+    if storage.exists(sweep):
+        storage.copy(sweep, storage.join(output, "selection", f"sweep-{place}-{step.name}.csv"))
+    return Verdict(step.name, folder)
+
+
+def _num_kept(step: Select, rows: int) -> int | None:
+    """How many of the rows that reach a step are to stay; None where its outcome says."""
+    if step.keep_fraction is not None:
+        return round(rows * step.keep_fraction)
+    return None if step.keep is None else min(step.keep, rows)
 
 
 def _search(output: str, groups: list[list[int]], decided: list[Decided], *, keep: int) -> Cut:
@@ -256,17 +287,24 @@ def _count_pass(output: str, numbers: list[int], decided: list[Decided], this_pa
     return reduce(add, map(count, numbers))
 
 
+def _reaching(output: str, decided: tuple[Decided, ...], number: int, columns: frozenset[str]) -> pa.Table:
+    """Columns of the rows of one shard that pass all the steps, in order of address."""
+    table = _candidates(output, number, _needs(decided) | columns)
+    return table.filter(pa.array(_surviving(table, decided))).select(sorted(columns))
+
+
 def _kept(output: str, numbers: list[int], decided: list[Decided]) -> pa.Table:
     return pa.concat_tables(_kept_of_shard(output, number, decided) for number in numbers)
 
 
 def _kept_of_shard(output: str, number: int, decided: list[Decided]) -> pa.Table:
     table = _candidates(output, number, _needs(decided) | {*KEPT_COLUMNS, *LICENSE_COLUMNS, *URL_COLUMNS})
-    ranked = [now for now in decided if isinstance(now.step, Select)]
-    score = np.full(table.num_rows, np.nan, np.float32)
-    if ranked:
-        last = ranked[-1].step
-        assert isinstance(last, Select)
+    last = next((now.step for now in reversed(decided) if isinstance(now.step, Select | Verdict)), None)
+    if last is None:
+        score = np.full(table.num_rows, np.nan, np.float32)
+    elif isinstance(last, Verdict):
+        score = last.scores(table)
+    else:
         score = last.selector().score(_rows(table, last.selector().needs), OFFLINE_PROGRESS).numpy()
     kept = table.select(KEPT_COLUMNS).append_column("score", pa.array(score, pa.float32()))
     for name, columns in (("license", LICENSE_COLUMNS), ("url", URL_COLUMNS)):
@@ -319,10 +357,4 @@ def _bits_and_ties(table: pa.Table, now: Decided) -> tuple[np.ndarray, np.ndarra
 
 def _rows(table: pa.Table, needs: frozenset[str]) -> Rows:
     """Columns of a table as a selector takes them."""
-    rows: Rows = {}
-    for name in needs:
-        if name == "uid":
-            rows[name] = torch.from_numpy(sampling.uid_words(table[name].to_pylist()).view(np.int64))
-        else:
-            rows[name] = torch.from_numpy(tables.as_array(table[name], name=name).astype(np.float32))
-    return rows
+    return {name: torch.from_numpy(values) for name, values in bucket_select.columns_of(table, needs).items()}

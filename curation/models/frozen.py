@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from curation.models.clip import Precision, Resize, build_network, load_resize, resolve_device, weights_digest
+from curation.models.perceptual_hash import BITS, grey_square, perceptual_hashes
 
-Library = Literal["open_clip", "timm", "torchvision", "tflite"]
+Library = Literal["open_clip", "timm", "torchvision", "tflite", "phash"]
 LIBRARIES: tuple[str, ...] = get_args(Library)
 IMAGENET_CROP = 224 / 256
 
@@ -59,6 +60,8 @@ def load_frozen(
         raise ValueError(f"give pretrained or checkpoint, got both: {pretrained!r}, {checkpoint!r}")
     if library == "tflite":
         return _tflite(model, given=pretrained or checkpoint)
+    if library == "phash":
+        return _phash(model, given=pretrained or checkpoint)
     device = resolve_device(device)
     make = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library]
     with torch.random.fork_rng(devices=[]):
@@ -181,6 +184,13 @@ def _until_tensor(steps: Iterable[Any]) -> Callable[[Image.Image], NDArray[np.ui
         return np.array(image, dtype=np.uint8)
 
     return resize
+
+
+def _phash(model: str, *, given: str | None) -> Frozen:
+    """No network, but as good as one: 64 bits of each image as a vector."""
+    if model != str(BITS) or given is not None:
+        raise ValueError(f"library phash has the model {str(BITS)!r}, got {given or model!r}")
+    return Frozen(grey_square, perceptual_hashes)
 
 
 def _tflite(model: str, *, given: str | None) -> Frozen:

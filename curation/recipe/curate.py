@@ -13,7 +13,7 @@ from curation.recipe.balance import Audit, Balance
 from curation.recipe.guards import DecontaminateArgument, ExcludeArgument, HoldoutArgument
 from curation.recipe.made_columns import MadeColumnsArgument
 from curation.recipe.parts import Part, Pool, WholeRecipe, json_argument, selector_of
-from curation.selector import PoolSelector
+from curation.selector import BucketSelector, PoolSelector, QuotaSelector
 
 CachedLayout = Literal["clip-retrieval", "datacomp-b32", "datacomp-l14"]
 
@@ -123,7 +123,8 @@ class OneOf(Part):
 
 
 class Select(Part):
-    """A selector: rank the rows by a method's score and keep the top ones."""
+    """A selector: rank the rows by a method's score and keep the top ones; or, for a method that compares rows with one
+    another (semantic_dedup, exact_duplicates, coreset, typicality), keep those that it chooses."""
 
     method: dict[str, Any]
     """{"name": a file in curation/methods, and the fields of its selector}."""
@@ -140,11 +141,20 @@ class Select(Part):
     @model_validator(mode="after")
     def _says_how_many(self) -> Self:
         given = [name for name in ("keep_fraction", "keep", "min_score") if getattr(self, name) is not None]
+        selector = self.selector()
+        if isinstance(selector, BucketSelector):
+            wanted = ("keep_fraction", "keep") if isinstance(selector, QuotaSelector) else ()
+            if len(given) != bool(wanted) or not {*given} <= {*wanted}:
+                asked = f"give one of {', '.join(wanted)}" if wanted else "its outcome says how many rows stay"
+                raise ValueError(f"method {self.name!r} compares rows: {asked}; got {given or 'none'}")
+            if self.ties == "datacomp":
+                raise ValueError(f"ties='datacomp' is for methods that rank rows, {self.name!r} compares them")
+            return self
         if len(given) != 1:
             raise ValueError(f"give one of keep_fraction, keep, min_score; got {given or 'none'}")
         if self.ties == "datacomp" and self.keep_fraction is None:
             raise ValueError("ties='datacomp' needs keep_fraction")
-        if not isinstance(self.selector(), PoolSelector):
+        if not isinstance(selector, PoolSelector):
             raise ValueError(f"method {self.name!r} does not decide row by row, so it cannot select from a pool")
         return self
 
