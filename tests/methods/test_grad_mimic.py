@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curation.methods.grad_mimic import GradMimic, softmax_weights
+from curation.methods._softmax import softmax_weights
+from curation.methods.grad_mimic import GradMimic
 from curation.models.classifier import build_classifier
 from curation.numerics.gradients import head_projection, projection, towards
 from curation.training.classifier_learner import ClassifierLearner
