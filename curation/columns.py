@@ -50,6 +50,7 @@ RUN_VALUES = frozenset(
         "reference_logit_scale",
         "reference_logit_bias",
         "head_weight",
+        "comparison_gradient",
         "pool_mean_loss",
         "round",
     }

@@ -38,6 +38,9 @@ MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
     "learner_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
     "reference_loss": lambda n, rng: (torch.rand(n, generator=rng) * 5).mul(4).round().div(4),
     "mimic_score": lambda n, rng: torch.randn(n, generator=rng).mul(4).round().div(4),
+    "head_residual": lambda n, rng: torch.randn(n, 3, generator=rng).softmax(dim=1) - torch.eye(3)[torch.arange(n) % 3],
+    "head_input": lambda n, rng: torch.randn(n, 5, generator=rng),
+    "comparison_gradient": lambda n, rng: torch.randn(3, 5, generator=rng),
     "image_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "text_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "reference_image_embedding": lambda n, rng: unit_rows(n, rng, width=12),
@@ -60,6 +63,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("typicality", {"rule": "lightly"}),
     ("typicality", {"rule": "typiclust"}),
     ("typicality", {"rule": "top"}),
+    ("rho", {"temperature": 0.3}),
 ]
 """Forms of a method that are held to the contract beside its defaults."""
 

@@ -11,7 +11,7 @@ from curation.data.held_out import HeldOut, held_out_of_run, read_held_out
 from curation.data.shards import ReadRules
 from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
 from curation.models.classifier import Classifier, build_classifier
-from curation.models.clip import Precision, build_network, load_resize, load_towers
+from curation.models.clip import ClipNetwork, Precision, build_network, load_resize, load_towers
 from curation.recipe import TrainRecipe
 from curation.recipe.train import Weights
 from curation.training.classifier_learner import ClassifierLearner
@@ -46,6 +46,7 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
             reference=None if reference is None else _classifier(spec, reference).to(device).eval(),
             images=images,
             mimic_layer=train.mimic_layer,
+            weight_scope=train.weight_scope,
             score_batch=train.score_batch,
             precision=spec.precision,
         )
@@ -58,6 +59,9 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
     return ContrastiveLearner(
         network=network.to(device),
         reference=_reference(spec, device),
+        mimicked=_mimicked(spec, device) if recipe.mimics else None,
+        mimic_layer=train.mimic_layer,
+        weight_scope=train.weight_scope,
         images=images,
         objective=train.objective,
         score_batch=train.score_batch,
@@ -89,6 +93,14 @@ def _reference(spec: LearnerSpec, device: torch.device) -> Reference | None:
     if spec.reference_scale is None or spec.reference_bias is None:
         return None
     return Reference(spec.reference_scale, spec.reference_bias, None)
+
+
+def _mimicked(spec: LearnerSpec, device: torch.device) -> ClipNetwork:
+    """The network whose weights Grad-Mimic goes towards."""
+    weights = spec.recipe.reference.weights
+    assert weights is not None
+    network = build_network(weights.model, **weights.source(), num_features=spec.num_features)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def load_evaluation(spec: LearnerSpec) -> Evaluation | None:

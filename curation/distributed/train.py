@@ -32,7 +32,7 @@ from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles, start_ledger
 from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.resources import cluster
-from curation.distributed.train_loop import LEDGER, LoopSpec, progress_url, train_loop
+from curation.distributed.train_loop import LEDGER, LoopSpec, alignment_url, progress_url, train_loop
 from curation.distributed.train_plan import TrainPlan, checked, commit_to, pool_url, resolved
 from curation.ledger import LedgerSpec, gini
 from curation.models.clip import Precision
@@ -66,6 +66,8 @@ class TrainSummary:
     ledger: dict[str, Any]
     weights: str
     failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What makes the result doubtful though all went well, such as a reference that does not fit the learner."""
     format_version: int = FORMAT_VERSION
 
 
@@ -249,7 +251,15 @@ def _account(
         ledger=ledger,
         weights=learner_url(recipe.output),
         failures=failures,
+        warnings=_warnings(recipe),
     )
+
+
+def _warnings(recipe: TrainRecipe) -> list[str]:
+    if not recipe.mimics or not storage.exists(alignment_url(recipe.output)):
+        return []
+    complaint = manifest.read(alignment_url(recipe.output))["complaint"]
+    return [complaint] if complaint else []
 
 
 def _failures(recipe: TrainRecipe, done: int) -> list[str]:

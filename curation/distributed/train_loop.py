@@ -8,8 +8,10 @@ the ledger back to it.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,9 @@ import torch
 import torch.distributed as dist
 
 from curation.columns import LEDGER_COLUMNS
-from curation.data import offered, step_log, storage
+from curation.data import offered, score_log, step_log, storage
 from curation.data.offered import Rounds
+from curation.data.score_log import LoggedStep, ScoreLog
 from curation.data.step_log import Row
 from curation.distributed import checkpoint
 from curation.distributed.checkpoint import Position, tag_of
@@ -69,6 +72,11 @@ def progress_url(output: str) -> str:
     return storage.join(output, "train", "progress.json")
 
 
+def alignment_url(output: str) -> str:
+    """Where it is noted how well the reference's mimic layer fits the learner."""
+    return storage.join(output, "train", "alignment.json")
+
+
 def train_loop(told: dict[str, Any]) -> None:
     """Run one worker from the newest checkpoint to the last step. `told` is {"spec": LoopSpec}."""
     spec: LoopSpec = told["spec"]
@@ -111,6 +119,7 @@ class _Worker:
                 self._position, totals = checkpoint.load(Path(folder), learner.saved, optimizer)
                 self._totals |= totals
         self._ledger = self._open_ledger()
+        self._score_log = self._open_score_log() if recipe.logs_scores else None
         selector = recipe.selector()
         self._trainer = OnlineTrainer(
             learner,
@@ -167,6 +176,8 @@ class _Worker:
         """Take one step and note it. False if the run cannot go on: what was wrong is saved in train/failure.json."""
         begun, watch = time.perf_counter(), Stopwatch()
         rows = _as_rows(block)
+        if number == 0 and self._rank == 0 and self._spec.recipe.mimics:
+            self._note_alignment(rows)
         try:
             outcome = self._trainer.step(number, rows)
         except NotFinite as error:
@@ -175,6 +186,8 @@ class _Worker:
         with watch("ledger"):
             addresses, values = outcome.recorded
             self._ledger.record(LEDGER, addresses.numpy(), values.numpy(), step=number, used=outcome.trained.numpy())
+            if self._score_log is not None:
+                self._score_log.add(_logged(number + 1, rows, outcome))
         self._note(number, rows, outcome, watch.seconds)
         if self._steps:
             seconds = self._waited + time.perf_counter() - begun
@@ -197,6 +210,8 @@ class _Worker:
         """Save everything after `done` steps, the ledger first. Collective."""
         tag = tag_of(done)
         self._ledger.flush()
+        if self._score_log is not None:
+            self._score_log.flush()
         _barrier()
         if self._rank:
             ray.train.report({"step": done}, checkpoint=None, checkpoint_dir_name=tag)
@@ -227,6 +242,24 @@ class _Worker:
         client.open()
         _barrier()  # an ema waits for all that have opened, so all open before any records
         return client
+
+    def _open_score_log(self) -> ScoreLog:
+        """This rank's way into the log, under an attempt's number that all ranks share."""
+        begun = score_log.next_attempt(self._output) if self._rank == 0 else 0
+        attempt = int(gather(torch.tensor([begun], device=ray.train.torch.get_device()))[0])
+        return ScoreLog(self._output, rank=self._rank, attempt=attempt)
+
+    def _note_alignment(self, rows: Rows) -> None:
+        """Measure once, before the first step, whether the reference's layer fits; say so where it does not."""
+        measured = self._trainer.learner.alignment(rows)
+        if measured is None:
+            return
+        if complaint := measured.complaint:
+            warnings.warn(complaint, stacklevel=1)
+        # NaN, for a reference that knows nothing, is no JSON.
+        surviving = None if math.isnan(measured.surviving) else measured.surviving
+        told = {**measured._asdict(), "surviving": surviving, "complaint": measured.complaint}
+        storage.write_bytes(alignment_url(self._output), json.dumps(told).encode())
 
     def _recall(self, addresses: torch.Tensor) -> Rows:
         # The columns must hold what all ranks recorded in the step before.
@@ -287,7 +320,7 @@ class _Worker:
         if self._flops_per_step is None:
             train, trainer = self._spec.recipe.train, self._trainer
             per_row = trainer.learner.flops(rows, self._spec.recipe.selector().needs)
-            scoring = per_row.learner if trainer.scores_learner else 0.0
+            scoring = per_row.learner if trainer.scores_learner and not trainer.reuses_forward else 0.0
             again = 1.0 if train.micro_batches > 1 else 0.0
             training = train.sub_batch * per_row.learner * (TRAINING_PASS + again)
             self._flops_per_step = train.super_batch * (scoring + per_row.reference) + training
@@ -325,6 +358,14 @@ def _settings(spec: LoopSpec) -> OnlineSettings:
 def _as_rows(block: Block) -> Rows:
     """The feed's block as tensors that may be written to."""
     return {name: torch.from_numpy(np.array(column)) for name, column in block.items()}
+
+
+def _logged(step: int, rows: Rows, outcome: Outcome) -> LoggedStep:
+    """This rank's rows as the score log has them; those that could not be used are left out."""
+    scores = outcome.chosen.scores.cpu()
+    usable = torch.isfinite(scores) & rows["ok"]
+    weights = outcome.chosen.row_weights.cpu()
+    return LoggedStep(step, rows["address"][usable].numpy(), scores[usable].numpy(), weights[usable].numpy())
 
 
 def _load_junk(recipe: TrainRecipe) -> KnownJunk | None:

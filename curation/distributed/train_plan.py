@@ -121,7 +121,7 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     if missing:
         raise ValueError(f"method {recipe.method['name']!r} needs the column {missing[0]!r}, which {run} lacks")
     own = [(name, name) for name in stored]
-    if recipe.reference.online or recipe.is_classifier:
+    if recipe.reference.online or recipe.is_classifier or recipe.mimics:
         return tuple(own)
     # A method that needs no reference has its learnability noted all the same, at 2 kB a row beside an image of 50.
     prefix = f"{recipe.reference.columns}." if recipe.reference.columns else ""
@@ -173,7 +173,7 @@ def _cached_reference(
     recipe: TrainRecipe, curated: dict[str, Any], embedded: Mapping[str, Any], pieces: Mapping[str, dict]
 ) -> tuple[float | None, float | None]:
     """Logit scale and bias of the model that made the tables' embeddings. ValueError if another one is asked for."""
-    if recipe.reference.online or recipe.is_classifier:
+    if recipe.reference.online or recipe.is_classifier or recipe.mimics:
         return None, None
     if recipe.reference.columns:
         values = pieces["reference.columns"]["run_values"]

@@ -13,7 +13,6 @@ n rows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +20,8 @@ import torch
 from torch import Generator, Tensor
 
 from curation.methods._pool_order import select_by_sort_key
+from curation.methods._softmax import check_temperature, softmax_weights
 from curation.selector import Rows, Selection, check_keep, check_needs, num_rows
-
-
-def softmax_weights(scores_n: Tensor, temperature: float) -> Tensor:
-    """n * softmax(score / temperature), (n,) float32 of mean 1: the authors' "normed_proj"."""
-    return len(scores_n) * (scores_n.double() / temperature).softmax(dim=0).float()
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,7 @@ class GradMimic:
     unbiased = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        check_temperature(self.temperature)
 
     @property
     def records(self) -> Literal["score"]:

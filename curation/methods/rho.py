@@ -6,7 +6,9 @@ for what is known. It is the pointwise control of JEST: for a loss that does not
 
 Deviations. Ties are parted by the hash of the uid. `sampling` draws without replacement with p ~ exp(score) instead of
 taking the top rows (independent learnability); its noise is a hash of the uid, so a pool of any size can be drawn from.
-The learner's losses are a column: whether BatchNorm ran in train mode, as in the authors' code, is its maker's choice.
+`temperature` weighs the kept rows by the softmax of their scores, which is what Grad-Mimic's authors call Rho
+(arXiv:2501.06708, their code). The learner's losses are a column: whether BatchNorm ran in train mode, as in the
+authors' code, is its maker's choice.
 
 N rows; 2 words of a uid.
 """
@@ -21,6 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from curation.methods._pool_order import select_by_sort_key, uid_column_words
+from curation.methods._softmax import check_temperature, softmax_weights
 from curation.numerics.sampling import hash_uniform
 from curation.selector import Rows, Selection, check_needs
 
@@ -37,9 +40,16 @@ class Rho:
     sampling: bool = False
     """Draw the rows with p ~ exp(score) instead of taking the top ones."""
 
+    temperature: float | None = None
+    """Weigh the kept rows by the softmax of their scores at this temperature; None: all alike."""
+
     needs = frozenset({"learner_loss", "reference_loss", "uid"})
     fixed_size = True
     unbiased = False
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None:
+            check_temperature(self.temperature)
 
     @property
     def records(self) -> Literal["loss"]:
@@ -62,5 +72,9 @@ class Rho:
         return (score.double() + gumbel.to(score.device)).float()
 
     def select(self, rows: Rows, keep: int | None, progress: float, rng: Generator) -> Selection:
-        """`keep` rows without replacement, weight 1 each."""
-        return select_by_sort_key(self, rows, keep=keep, progress=progress, rng=rng)
+        """`keep` rows without replacement, weight 1 each unless there is a temperature."""
+        chosen = select_by_sort_key(self, rows, keep=keep, progress=progress, rng=rng)
+        if self.temperature is None:
+            return chosen
+        scores = self.score(rows, progress)[chosen.indices]
+        return chosen._replace(weights=softmax_weights(scores, self.temperature))

@@ -25,9 +25,14 @@ class Classifier(nn.Module):
         self.tower = tower
         self.head = head
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Features (n, F) of any float dtype, or uint8 pixels (n, S_h, S_w, 3), -> logits (n, C) float32."""
-        return self.head(self.seen_by_head(inputs)).float()
+    def forward(self, inputs: Tensor, *, with_seen: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (n, F) of any float dtype, or uint8 pixels (n, S_h, S_w, 3), -> logits (n, C) float32.
+
+        With `with_seen` what the head is given comes beside them.
+        """
+        seen = self.seen_by_head(inputs)
+        logits = self.head(seen).float()
+        return (logits, seen) if with_seen else logits
 
     def seen_by_head(self, inputs: Tensor) -> Tensor:
         """What the head is given, (n, F)."""

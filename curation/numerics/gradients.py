@@ -4,6 +4,9 @@ The derivative of every row's loss along a direction v in weight space is one fo
 network; for the last linear layer under cross-entropy it is one matrix product. Grad-Mimic's score is minus that
 derivative along the way to a reference's weights: how far a step on this row alone would go towards them.
 
+Under cross-entropy the gradient of a row's loss by the head's weight is an outer product, (p - y) h^T. So its norm, its
+product with any direction and the products of all pairs of rows come from the two factors, in n (C + F) memory.
+
 n rows, F features that the head sees, C classes.
 """
 
@@ -39,6 +42,34 @@ def head_projection(features_nF: Tensor, logits_nC: Tensor, labels_n: Tensor, di
     moved_nC = features_nF @ direction_CF.T
     own_n = moved_nC.gather(1, labels_n[:, None])[:, 0]
     return own_n - (logits_nC.softmax(dim=1) * moved_nC).sum(dim=1)
+
+
+def head_residual(logits_nC: Tensor, labels_n: Tensor) -> Tensor:
+    """p - y, (n, C): the factor of a row's head gradient that is not what the head saw."""
+    residual_nC = logits_nC.softmax(dim=1)
+    residual_nC[torch.arange(len(labels_n), device=labels_n.device), labels_n] -= 1
+    return residual_nC
+
+
+def head_gradient(residual_nC: Tensor, input_nF: Tensor, weights_n: Tensor | None = None) -> Tensor:
+    """The mean over rows of weight * head gradient, (C, F)."""
+    weighted_nC = residual_nC if weights_n is None else residual_nC * weights_n[:, None]
+    return weighted_nC.T @ input_nF / len(input_nF)
+
+
+def head_gradient_norms(residual_nC: Tensor, input_nF: Tensor) -> Tensor:
+    """Frobenius norms (n,) of the rows' head gradients."""
+    return residual_nC.norm(dim=1) * input_nF.norm(dim=1)
+
+
+def head_gradient_products(residual_nC: Tensor, input_nF: Tensor, gradient_CF: Tensor) -> Tensor:
+    """Inner products (n,) of the rows' head gradients with one gradient."""
+    return ((input_nF @ gradient_CF.T) * residual_nC).sum(dim=1)
+
+
+def head_gram(residual_nC: Tensor, input_nF: Tensor) -> Tensor:
+    """Inner products (n, n) of the rows' head gradients with each other."""
+    return (residual_nC @ residual_nC.T) * (input_nF @ input_nF.T)
 
 
 def projection(

@@ -90,8 +90,11 @@ class Train(Part):
     objective: Literal["sigmoid", "softmax", "cross_entropy"] = "sigmoid"
     """sigmoid (SigLIP) and softmax (CLIP) learn from pairs, cross_entropy from labels."""
     mimic_layer: str = "head.weight"
-    """For grad_mimic: the classifier's parameter or module whose gradients are compared with the way to the
-    reference's weights; empty for the whole network."""
+    """For grad_mimic: the learner's parameter or module whose gradients are compared with the way to the reference's
+    weights; empty for the whole network. Of a model of pairs, open_clip's name, as visual.transformer.resblocks.11."""
+    weight_scope: Literal["all", "mimic"] = "all"
+    """Whose gradients a selection's weights multiply. mimic, grad_mimic's own: the mimic layer's; all other layers
+    take the plain mean."""
     learning_rate: float = Field(default=1e-3, gt=0)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -159,6 +162,8 @@ class Remember(Part):
     """The ledger of the run: what it keeps of each sample's score."""
 
     actors: int = Field(default=1, gt=0)
+    score_log: Literal["auto", "on", "off"] = "auto"
+    """Keep each step's raw scores and weights as well, in train/score_log, 24 bytes a row; auto: of grad_mimic."""
     statistic: Literal["last", "mean", "ema"] = "last"
     decay: float = Field(default=0.9, ge=0, lt=1)
     variance: bool = False
@@ -220,6 +225,15 @@ class TrainRecipe(WholeRecipe):
             raise ValueError("evaluate.run is for a learner on data.features; give evaluate.shards")
         if on_labels and self.train.micro_batches > 1:
             raise ValueError("train.micro_batches are for the losses of pairs; a classifier's sub_batch may be smaller")
+        if self.mimics and self.reference.weights is None:
+            raise ValueError(
+                f"method {self.method['name']!r} goes towards a reference's weights: name them, as in "
+                "--reference.weights.checkpoint FILE"
+            )
+        if self.train.weight_scope == "mimic" and not self.mimics:
+            raise ValueError(f"train.weight_scope mimic is grad_mimic's, not {self.method['name']!r}'s")
+        if self.train.weight_scope == "mimic" and self.train.micro_batches > 1:
+            raise ValueError("train.weight_scope mimic needs train.micro_batches 1: two gradients come of one graph")
         if on_labels and self.reference.columns:
             raise ValueError(
                 "reference.columns are embeddings; a classifier is compared with reference.weights, online"
@@ -230,6 +244,16 @@ class TrainRecipe(WholeRecipe):
     def is_classifier(self) -> bool:
         """True if the learner learns labels, False if it learns pairs."""
         return self.train.objective == "cross_entropy"
+
+    @property
+    def mimics(self) -> bool:
+        """True if the method's score is made of a reference's weights."""
+        return "mimic_score" in self.selector().needs
+
+    @property
+    def logs_scores(self) -> bool:
+        """True if the run keeps a score log."""
+        return self.ledger.score_log == "on" or (self.ledger.score_log == "auto" and self.mimics)
 
     def selector(self) -> Selector:
         """The method's selector."""

@@ -2,13 +2,15 @@
 
 For Grad-Mimic the reference is where the weights should go: each row's mimic score is made here, in closed form where
 the mimic layer is the head's weight, by one forward-mode pass for any other. The way there is computed anew at each
-step: a stale one would point back once the weights have passed.
+step: a stale one would point back once the weights have passed. Where all rows that are scored are trained on, what the
+head saw and said is kept from the scoring pass, and the closed form costs two matrix products of the head's size.
 
 n rows of this rank, F features that the head sees, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +22,16 @@ from torch.optim import Optimizer
 
 from curation.models.classifier import Classifier
 from curation.models.clip import Precision
-from curation.numerics.gradients import head_projection, projection, towards
+from curation.numerics.gradients import head_projection, head_residual, projection, towards
 from curation.selector import Rows
 from curation.training.flops import forward_flops
-from curation.training.learner import RowFlops, autocast, check_finite
-from curation.training.step import StepReport, check_weights, report_of, take_step, weighted_mean
+from curation.training.learner import Kept, RowFlops, WeightScope, autocast, check_finite
+from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
+from curation.training.step import StepReport, backward_weighted, check_weights, report_of, take_step
+
+HEAD = "head.weight"
+OF_THE_HEAD = frozenset({"learner_loss", "mimic_score", "head_residual", "head_input"})
+"""Columns that what the head saw and said is enough for, if the mimic layer is the head's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,10 @@ class ClassifierLearner:
     network: Classifier
     reference: Classifier | None = None
     images: str = "features"
-    mimic_layer: str = "head.weight"
+    mimic_layer: str = HEAD
     """Name of the parameter, or of the module, whose gradients are compared with the way to the reference's weights;
     empty for the whole network."""
+    weight_scope: WeightScope = "all"
     score_batch: int = 1024
     precision: Precision = "float32"
 
@@ -57,72 +65,135 @@ class ClassifierLearner:
         return frozenset(absent | ({"reference_loss", "mimic_score"} if self.reference is None else set()))
 
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
-        """Each row's cross-entropy under learner and reference, and its mimic score, if the method asks for them."""
+        """Each row's cross-entropy under learner and reference, its mimic score, the factors of its head gradient."""
+        made: list[Rows] = []
+        if needs & OF_THE_HEAD:
+            direction = self._direction() if "mimic_score" in needs else {}
+            with torch.no_grad(), autocast(self._device, self.precision):
+                for images, labels in self._batches(block):
+                    seen = self.network.seen_by_head(images)
+                    logits = self.network.head(seen).float()
+                    losses = F.cross_entropy(logits, labels, reduction="none")
+                    made.append(self._of_the_head(seen, logits, losses, labels, direction, needs))
+        rows = {name: torch.cat([part[name] for part in made]) for name in (made[0] if made else {})}
+        if "mimic_score" in needs and self.mimic_layer != HEAD:
+            rows["mimic_score"] = self.mimic_scores(block)
+        return self._checked(rows | self._reference_rows(block, needs))
+
+    def keep(self, model: nn.Module, block: Rows, needs: frozenset[str]) -> Kept | None:
+        """The columns and the step of one forward pass; None if the mimic layer is another than the head's weight."""
+        if not needs & OF_THE_HEAD or ("mimic_score" in needs and self.mimic_layer != HEAD):
+            return None
+        images, labels = (block[name].to(self._device) for name in self.inputs)
+        with autocast(self._device, self.precision):
+            logits, seen = model(images, with_seen=True)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        direction = self._direction() if "mimic_score" in needs else {}
+        with torch.no_grad():
+            rows = self._of_the_head(seen.detach(), logits.detach(), losses.detach(), labels, direction, needs)
+        rows = self._checked(rows | self._reference_rows(block, needs))
+
+        def step(weights: Tensor, optimizer: Optimizer, max_grad_norm: float) -> StepReport:
+            check_weights(weights, len(labels))
+            return take_step(
+                lambda: self._backward(losses, logits, labels, weights),
+                optimizer=optimizer,
+                max_grad_norm=max_grad_norm,
+            )
+
+        return Kept(rows, step)
+
+    def _of_the_head(
+        self,
+        seen_nF: Tensor,
+        logits_nC: Tensor,
+        losses: Tensor,
+        labels: Tensor,
+        direction: dict[str, Tensor],
+        needs: frozenset[str],
+    ) -> Rows:
         rows: Rows = {}
         if "learner_loss" in needs:
-            rows["learner_loss"] = self._losses(self.network, block)
-            check_finite(rows["learner_loss"], what="losses")
-        if "reference_loss" in needs and self.reference is not None:
-            rows["reference_loss"] = self._losses(self.reference, block)
-        if "mimic_score" in needs:
-            rows["mimic_score"] = self.mimic_scores(block)
-            check_finite(rows["mimic_score"], what="mimic scores")
+            rows["learner_loss"] = losses
+        if HEAD in direction and self.mimic_layer == HEAD:
+            rows["mimic_score"] = head_projection(seen_nF.float(), logits_nC, labels, direction[HEAD])
+        if "head_residual" in needs:
+            rows["head_residual"] = head_residual(logits_nC, labels)
+        if "head_input" in needs:
+            rows["head_input"] = seen_nF.float()
         return rows
+
+    def _checked(self, rows: Rows) -> Rows:
+        for name, what in (("learner_loss", "losses"), ("mimic_score", "mimic scores")):
+            if name in rows:
+                check_finite(rows[name], what=what)
+        return rows
+
+    def _reference_rows(self, block: Rows, needs: frozenset[str]) -> Rows:
+        if "reference_loss" not in needs or self.reference is None:
+            return {}
+        losses = []
+        with torch.no_grad(), autocast(self._device, self.precision):
+            for images, labels in self._batches(block):
+                losses.append(F.cross_entropy(self.reference(images), labels, reduction="none"))
+        return {"reference_loss": torch.cat(losses)}
 
     def mimic_scores(self, block: Rows) -> Tensor:
         """-d loss / d eps along the unit direction to the reference's weights, (n,) float32; 0 where they are reached.
 
-        grad_mimic.md, section 3. ValueError if there is no such layer, or it has another shape in the reference.
+        By one forward-mode pass; grad_mimic.md, section 3. ValueError if there is no such layer, or it has another
+        shape in the reference.
         """
-        assert self.reference is not None
-        weights = self._layer(self.network)
-        direction, _ = towards(weights, self._layer(self.reference))
-        device = self.network.head.weight.device
+        weights = {name: value.detach() for name, value in layer_of(self.network, self.mimic_layer).items()}
+        direction = self._direction()
         scores = []
-        for images, labels in zip(*(block[name].split(self.score_batch) for name in self.inputs), strict=True):
-            here = images.to(device), labels.to(device)
-            if self.mimic_layer == "head.weight":
-                scores.append(self._head_scores(*here, direction["head.weight"]))
-            else:
-                scores.append(self._layer_scores(*here, weights, direction))
-        return torch.cat(scores).detach()
-
-    @torch.no_grad()
-    def _head_scores(self, images: Tensor, labels: Tensor, direction_CF: Tensor) -> Tensor:
-        features = self.network.seen_by_head(images)
-        return head_projection(features, self.network.head(features), labels, direction_CF)
-
-    def _layer_scores(
-        self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], direction: dict[str, Tensor]
-    ) -> Tensor:
-        def losses_of(layer: dict[str, Tensor]) -> Tensor:
-            logits = functional_call(self.network, layer, (images,))
-            return F.cross_entropy(logits, labels, reduction="none")
-
         # The fused attention kernels have no forward derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return projection(losses_of, weights, direction)[1]
+            for images, labels in self._batches(block):
 
-    def _layer(self, network: Classifier) -> dict[str, Tensor]:
-        inside = f"{self.mimic_layer}." if self.mimic_layer else ""
-        layer = {
-            name: value.detach()
-            for name, value in network.named_parameters()
-            if name == self.mimic_layer or name.startswith(inside)
-        }
-        if not layer:
-            raise ValueError(f"no parameter is in mimic_layer {self.mimic_layer!r} of {type(network.tower).__name__}")
-        return layer
+                def losses_of(layer: dict[str, Tensor], images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    logits = functional_call(self.network, layer, (images,))
+                    return F.cross_entropy(logits, labels, reduction="none")
 
-    @torch.no_grad()
-    def _losses(self, network: Classifier, block: Rows) -> Tensor:
-        device = self.network.head.weight.device
-        losses = []
-        for images, labels in zip(*(block[name].split(self.score_batch) for name in self.inputs), strict=True):
-            with autocast(device, self.precision):
-                logits = network(images.to(device))
-            losses.append(F.cross_entropy(logits, labels.to(device), reduction="none"))
-        return torch.cat(losses)
+                scores.append(projection(losses_of, weights, direction)[1])
+        return torch.cat(scores)
+
+    def alignment(self, block: Rows) -> Alignment | None:
+        """By the accuracy of labels, which may be noisy, on the first `score_batch` rows."""
+        if self.reference is None:
+            return None
+        layer, reference = layer_of(self.network, self.mimic_layer), layer_of(self.reference, self.mimic_layer)
+        check_fits(layer, reference)
+        images, labels = next(self._batches(block))
+
+        @torch.no_grad()
+        def accuracy(network: Classifier) -> float:
+            return (network(images).argmax(dim=1) == labels).float().mean().item()
+
+        with replaced(layer, reference):
+            swapped = accuracy(self.network)
+        return Alignment(
+            learner=accuracy(self.network),
+            reference=accuracy(self.reference),
+            swapped=swapped,
+            chance=1 / self.network.head.out_features,
+            cosine=cosine_of(layer, reference),
+            num_rows=len(labels),
+            is_whole=not self.mimic_layer,
+        )
+
+    def _direction(self) -> dict[str, Tensor]:
+        assert self.reference is not None
+        layer, reference = layer_of(self.network, self.mimic_layer), layer_of(self.reference, self.mimic_layer)
+        return towards(layer, reference)[0]
+
+    def _batches(self, block: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = (block[name].split(self.score_batch) for name in self.inputs)
+        return ((one.to(self._device), other.to(self._device)) for one, other in zip(images, labels, strict=True))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.network.head.weight.device
 
     def step(
         self, model: nn.Module, inputs: list[Tensor], *, weights: Tensor, optimizer: Optimizer, max_grad_norm: float
@@ -134,11 +205,14 @@ class ClassifierLearner:
         def backward() -> StepReport:
             with autocast(labels.device, self.precision):
                 logits = model(images)
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            weighted_mean(losses, weights).backward()
-            return report_of(losses, weights, hits=(logits.argmax(dim=1) == labels).sum(), logit_scale=None)
+            return self._backward(F.cross_entropy(logits, labels, reduction="none"), logits, labels, weights)
 
         return take_step(backward, optimizer=optimizer, max_grad_norm=max_grad_norm)
+
+    def _backward(self, losses: Tensor, logits: Tensor, labels: Tensor, weights: Tensor) -> StepReport:
+        weighted = None if self.weight_scope == "all" else list(layer_of(self.network, self.mimic_layer).values())
+        backward_weighted(losses, weights, weighted=weighted)
+        return report_of(losses, weights, hits=(logits.argmax(dim=1) == labels).sum(), logit_scale=None)
 
     def reference_loss(self, selected: Rows) -> float | None:
         """Mean of the chosen rows' losses under the reference, where the method asked for them."""

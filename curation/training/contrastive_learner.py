@@ -1,5 +1,8 @@
 """An image–text model in training, and the fixed reference that it is compared with.
 
+The reference of a method that compares losses or embeddings is `reference`; Grad-Mimic's, whose weights are all that is
+wanted of it, is `mimicked`.
+
 n rows of this rank, D embedding.
 """
 
@@ -14,11 +17,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from curation.models.clip import ClipNetwork, Precision, Towers
-from curation.numerics.contrastive import blocked_pair_losses, load_objective
+from curation.numerics.contrastive import blocked_pair_losses, load_objective, pick_accuracy
 from curation.selector import Rows
 from curation.training.contrastive import MAX_LOGIT_SCALE
 from curation.training.flops import tower_flops
-from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS, RowFlops, autocast, check_finite
+from curation.training.learner import (
+    LEARNER_COLUMNS,
+    REFERENCE_COLUMNS,
+    Kept,
+    RowFlops,
+    WeightScope,
+    autocast,
+    check_finite,
+)
+from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
+from curation.training.mimic_pairs import pair_mimic_scores
 from curation.training.scoring import embed_rows, losses_in_super_batch
 from curation.training.step import PairBatch, StepReport, contrastive_step
 
@@ -37,6 +50,10 @@ class ContrastiveLearner:
 
     network: ClipNetwork
     reference: Reference | None = None
+    mimicked: ClipNetwork | None = None
+    mimic_layer: str = ""
+    """Name of the parameter or module of open_clip's model that mimic scores are made for; empty for all of it."""
+    weight_scope: WeightScope = "all"
     images: str = "pixels"
     objective: str = "sigmoid"
     score_batch: int = 1024
@@ -55,16 +72,19 @@ class ContrastiveLearner:
 
     @property
     def lacks(self) -> frozenset[str]:
-        """The mimic score, which only classifiers make; the reference's columns, if there is no reference."""
-        if self.reference is not None:
-            return frozenset({"mimic_score"})
-        return REFERENCE_COLUMNS | {"mimic_score", "reference_logit_scale", "reference_logit_bias", "reference_loss"}
+        """A head, which no such model has; the reference's columns and the mimic score, if there is no reference."""
+        lacking = frozenset({"head_residual", "head_input"})
+        if self.mimicked is None:
+            lacking |= {"mimic_score"}
+        if self.reference is None:
+            lacking |= REFERENCE_COLUMNS | {"reference_logit_scale", "reference_logit_bias", "reference_loss"}
+        return lacking
 
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
         """Embeddings, scale and bias of the learner if the method asks for them; the reference's in any case."""
         rows: Rows = {}
         device = self.network.log_scale.device
-        if needs & LEARNER_COLUMNS:
+        if needs & (LEARNER_COLUMNS - {"mimic_score"}):
             rows["image_embedding"], rows["text_embedding"] = embed_rows(
                 self.network,
                 block[self.images],
@@ -86,7 +106,46 @@ class ContrastiveLearner:
                     logit_bias=rows[f"{prefix}logit_bias"],
                     objective=self.objective,
                 )
+        if "mimic_score" in needs and self.mimicked is not None:
+            with autocast(device, self.precision):
+                rows["mimic_score"] = pair_mimic_scores(
+                    self.network,
+                    self.mimicked,
+                    block[self.images],
+                    block["tokens"],
+                    layer=self.mimic_layer,
+                    objective=self.objective,
+                    batch_size=self.score_batch,
+                )
+            check_finite(rows["mimic_score"], what="mimic scores")
         return {name: value for name, value in rows.items() if name not in LEARNER_COLUMNS - needs}
+
+    def keep(self, model: nn.Module, block: Rows, needs: frozenset[str]) -> Kept | None:
+        """None: a pair's loss hangs on the rows it is trained with, and attention with tangents is another kernel."""
+        return None
+
+    def alignment(self, block: Rows) -> Alignment | None:
+        """By how many images pick their own text among the first `score_batch` rows."""
+        if self.mimicked is None:
+            return None
+        layer, reference = layer_of(self.network.clip, self.mimic_layer), layer_of(self.mimicked.clip, self.mimic_layer)
+        check_fits(layer, reference)
+        images, tokens = (block[name][: self.score_batch] for name in self.inputs)
+
+        def accuracy(network: ClipNetwork) -> float:
+            return pick_accuracy(*embed_rows(network, images, tokens, batch_size=len(images))).item()
+
+        with replaced(layer, reference):
+            swapped = accuracy(self.network)
+        return Alignment(
+            learner=accuracy(self.network),
+            reference=accuracy(self.mimicked),
+            swapped=swapped,
+            chance=1 / len(images),
+            cosine=cosine_of(layer, reference),
+            num_rows=len(images),
+            is_whole=not self.mimic_layer,
+        )
 
     def _reference_rows(self, block: Rows, device: torch.device) -> Rows:
         assert self.reference is not None
@@ -116,11 +175,16 @@ class ContrastiveLearner:
             objective=load_objective(self.objective),
             max_grad_norm=max_grad_norm,
             micro_batches=self.micro_batches,
+            weighted=self._weighted,
             autocast=autocast(self.network.log_scale.device, self.precision),
         )
         with torch.no_grad():
             self.network.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         return report
+
+    @property
+    def _weighted(self) -> list[nn.Parameter] | None:
+        return None if self.weight_scope == "all" else list(layer_of(self.network.clip, self.mimic_layer).values())
 
     def reference_loss(self, selected: Rows) -> float | None:
         """The chosen rows' loss under the reference, from its embeddings."""

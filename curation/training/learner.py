@@ -8,7 +8,8 @@ n rows of this rank.
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,15 @@ from torch.optim import Optimizer
 from curation.models.clip import Precision
 from curation.selector import Rows
 from curation.training.collectives import ranks, sum_over_ranks
+from curation.training.mimic import Alignment
 from curation.training.step import NotFinite, StepReport
 
-LEARNER_COLUMNS = frozenset({"image_embedding", "text_embedding", "learner_loss", "mimic_score"})
+WeightScope = Literal["all", "mimic"]
+"""Whose gradients a selection's weights multiply: every parameter's, or the mimic layer's."""
+
+LEARNER_COLUMNS = frozenset(
+    {"image_embedding", "text_embedding", "learner_loss", "mimic_score", "head_residual", "head_input"}
+)
 """Columns that cost a forward pass of the learner for each row of the super-batch."""
 REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embedding"})
 
@@ -30,6 +37,15 @@ class RowFlops(NamedTuple):
     learner: float
     reference: float
     """Of a reference that runs online; 0 where its columns are stored."""
+
+
+class Kept(NamedTuple):
+    """A forward pass whose activations are kept, so that a step on all of its rows needs no other."""
+
+    rows: Rows
+    """The columns that come of it."""
+    step: Callable[[Tensor, Optimizer, float], StepReport]
+    """Of weights (n,), an optimiser and the longest gradient; once."""
 
 
 class Learner(Protocol):
@@ -57,6 +73,17 @@ class Learner(Protocol):
 
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
         """The columns and run values of `needs` that come from learner and reference, and what the log says of rows."""
+        ...
+
+    def keep(self, model: nn.Module, block: Rows, needs: frozenset[str]) -> Kept | None:
+        """As `rows`, where a step on the whole block follows; None if it cannot be had of one forward pass."""
+        ...
+
+    def alignment(self, block: Rows) -> Alignment | None:
+        """How well the reference's mimic layer fits, on this rank's rows; None if no reference has one.
+
+        ValueError if it has another shape.
+        """
         ...
 
     def step(

@@ -37,6 +37,8 @@ class Chosen(NamedTuple):
     """The gathered columns of the b chosen rows, in order of their addresses."""
     is_own_selected: Tensor
     """(n,) bool: which of this rank's rows were chosen, wherever they are trained on."""
+    row_weights: Tensor
+    """(n,) float32 of this rank's rows, wherever they are trained on; 0 for those that were not chosen."""
 
 
 def choose(
@@ -87,9 +89,11 @@ def choose(
     own, handovers, own_weights = level(places, weight, n=n, world_size=world_size, rank=rank)
     is_selected = torch.zeros(n * world_size, dtype=torch.bool, device=places.device)
     is_selected[places] = True
+    row_weights = torch.zeros(n * world_size, device=places.device)
+    row_weights[places] = weight
     mine = slice(rank * n, (rank + 1) * n)
     selected = take(gathered, places)
-    return Chosen(own, handovers, own_weights, scores[mine], selected, is_selected[mine])
+    return Chosen(own, handovers, own_weights, scores[mine], selected, is_selected[mine], row_weights[mine])
 
 
 def level(

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from curation.columns import LEDGER_COLUMNS
 from curation.selector import Rows, Selector
 from curation.training.collectives import hand_over, ranks
-from curation.training.learner import LEARNER_COLUMNS, Learner
+from curation.training.learner import LEARNER_COLUMNS, Kept, Learner
 from curation.training.online import Chosen, Scope, choose
 from curation.training.schedules import warmup_cosine
 from curation.training.step import StepReport
@@ -89,6 +89,8 @@ class OnlineTrainer:
             raise ValueError(f"{type(selector).__name__} needs {sorted(needs & LEDGER_COLUMNS)} of a ledger")
         self.scores_learner = bool(needs & LEARNER_COLUMNS)
         """True if every row of the super-batch costs a forward pass of the learner."""
+        self.reuses_forward = False
+        """True if the last step trained on the forward pass that it scored with."""
         model: nn.Module = learner.network
         if ranks().world_size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -102,7 +104,9 @@ class OnlineTrainer:
         settings, watch = self.settings, Stopwatch()
         progress = number / settings.num_steps
         with watch("score"):
-            rows = self._rows(block)
+            kept = self._keep(block)
+            self.reuses_forward = kept is not None
+            rows = self._rows(block, kept)
         with watch("select"):
             chosen = choose(
                 self._selector,
@@ -115,21 +119,27 @@ class OnlineTrainer:
                 quota=settings.quota,
             )
         with watch("exchange"):
-            inputs = self._inputs(block, chosen)
+            inputs = [] if kept else self._inputs(block, chosen)
         with watch("step"):
-            report = self._train(number, inputs, chosen.weights)
+            report = self._train(number, inputs, chosen, kept)
         with watch("score"):
             reference_loss = self.learner.reference_loss(chosen.selected)
         recorded = self._recorded(rows, chosen)
         trained = rows["address"][chosen.is_own_selected].cpu()
         return Outcome(report, chosen, reference_loss, recorded, trained, watch.seconds)
 
-    def _rows(self, block: Rows) -> Rows:
+    def _keep(self, block: Rows) -> Kept | None:
+        """The forward pass of the whole super-batch, if all of it will be trained on."""
+        if len(block["address"]) * ranks().world_size != self.settings.keep or not self.scores_learner:
+            return None
+        return self.learner.keep(self._model, block, self._selector.needs)
+
+    def _rows(self, block: Rows, kept: Kept | None) -> Rows:
         """The columns that are gathered: what the method needs, and what the log says of the chosen rows."""
         needs = self._selector.needs
         bulky = set(self.learner.inputs) - needs - {"label"}
         rows = {name: value.to(self.device) for name, value in block.items() if name not in bulky}
-        rows |= self.learner.rows(block, needs)
+        rows |= self.learner.rows(block, needs) if kept is None else kept.rows
         if needs & LEDGER_COLUMNS and self._recall is not None:
             rows |= {name: value.to(self.device) for name, value in self._recall(block["address"]).items()}
         return rows
@@ -147,7 +157,7 @@ class OnlineTrainer:
             parts = [torch.cat(pair) for pair in zip(parts, received, strict=True)]
         return parts
 
-    def _train(self, number: int, inputs: list[Tensor], weights: Tensor) -> StepReport:
+    def _train(self, number: int, inputs: list[Tensor], chosen: Chosen, kept: Kept | None) -> StepReport:
         settings = self.settings
         # The middle of the step: neither the first nor the last one has a learning rate of 0.
         factor = warmup_cosine(
@@ -158,10 +168,12 @@ class OnlineTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
+        if kept is not None:
+            return kept.step(chosen.row_weights, self.optimizer, settings.max_grad_norm)
         return self.learner.step(
             self._model,
             inputs,
-            weights=weights,
+            weights=chosen.weights,
             optimizer=self.optimizer,
             max_grad_norm=settings.max_grad_norm,
         )

@@ -12,7 +12,7 @@ n rows of this rank, S x S pixels, L tokens, D embedding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,13 +61,15 @@ def contrastive_step(
     objective: PairLoss,
     max_grad_norm: float = 1.0,
     micro_batches: int = 1,
+    weighted: Sequence[nn.Parameter] | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> StepReport:
     """Minimise mean(weights * losses) over all ranks' rows by one step of `optimizer`. Collective.
 
     `model` is a ClipNetwork or wraps one; with several ranks it is a DistributedDataParallel. `weights` (n,), as in a
-    Selection. ValueError if weights do not fit the batch, NotFinite (on every rank) if a loss or the gradient is not
-    finite: both before the weights or the optimizer's state have changed.
+    Selection; they count for the parameters `weighted` alone if any are named, and in one micro-batch. ValueError if
+    weights do not fit the batch, NotFinite (on every rank) if a loss or the gradient is not finite: both before the
+    weights or the optimizer's state have changed.
     """
     check_weights(weights, len(batch.pixels))
     autocast = autocast or contextlib.nullcontext()
@@ -77,8 +79,10 @@ def contrastive_step(
             return _backward_in_parts(model, batch, weights, objective, micro_batches=micro_batches, autocast=autocast)
         with autocast:
             output = model(batch.pixels, batch.tokens)
-        return _backward(output, weights, objective)
+        return _backward(output, weights, objective, weighted=weighted)
 
+    if weighted is not None and micro_batches > 1:
+        raise ValueError(f"weights for some of the parameters need micro_batches=1, got {micro_batches}")
     return take_step(backward, optimizer=optimizer, max_grad_norm=max_grad_norm)
 
 
@@ -128,6 +132,23 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return loss
 
 
+def backward_weighted(losses: Tensor, weights: Tensor, *, weighted: Sequence[nn.Parameter] | None = None) -> None:
+    """Leave the gradient of mean(weights * losses) in the parameters; of mean(losses) in all that are not `weighted`.
+
+    None: all are. NotFinite, on every rank, if any rank's loss is not finite. Collective.
+    """
+    loss = weighted_mean(losses, weights)
+    if weighted is None:
+        loss.backward()
+        return
+    # DistributedDataParallel takes the mean over ranks of what `backward` leaves; of these it must be taken here.
+    gradients = torch.autograd.grad(loss, list(weighted), retain_graph=True)
+    losses.mean().backward()
+    for parameter, gradient in zip(weighted, gradients, strict=True):
+        assert parameter.grad is not None
+        parameter.grad.copy_(sum_over_ranks(gradient) / ranks().world_size)
+
+
 @torch.no_grad()
 def report_of(losses: Tensor, weights: Tensor, *, hits: Tensor, logit_scale: float | None) -> StepReport:
     """The report of a step over all ranks; `hits` is how many of this rank's rows are answered right. Collective."""
@@ -136,7 +157,9 @@ def report_of(losses: Tensor, weights: Tensor, *, hits: Tensor, logit_scale: flo
     return StepReport(loss, mean_loss, losses.detach(), accuracy, grad_norm=0.0, logit_scale=logit_scale)
 
 
-def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> StepReport:
+def _backward(
+    output: TowerOutput, weights: Tensor, objective: PairLoss, *, weighted: Sequence[nn.Parameter] | None = None
+) -> StepReport:
     """Gradients of the whole batch's loss, from this rank's embeddings (n, D)."""
     image_nD, text_nD, logit_scale, logit_bias = output
     rank, world_size = ranks()
@@ -144,7 +167,7 @@ def _backward(output: TowerOutput, weights: Tensor, objective: PairLoss) -> Step
     if world_size > 1:
         within = Batch(gather_with_gradient(image_nD), gather_with_gradient(text_nD), rank * len(image_nD))
     losses = objective(image_nD, text_nD, logit_scale=logit_scale, logit_bias=logit_bias, within=within)
-    weighted_mean(losses, weights).backward()
+    backward_weighted(losses, weights, weighted=weighted)
     with torch.no_grad():
         texts_MD = text_nD if within is None else within.text_MD
         own = torch.arange(len(losses), device=losses.device) + (0 if within is None else within.first)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curation.methods.grad_mimic import GradMimic, softmax_weights
+from curation.methods._softmax import softmax_weights
+from curation.methods.grad_mimic import GradMimic
 from curation.models.classifier import build_classifier
 from curation.numerics.gradients import head_projection, projection, towards
 from curation.training.classifier_learner import ClassifierLearner
@@ -94,10 +95,8 @@ def block() -> dict[str, torch.Tensor]:
 def test_a_learner_makes_the_same_scores_for_the_head_in_closed_form_and_by_jvp() -> None:
     network, reference = (build_classifier("mlp-6", num_classes=3, num_features=4, seed=seed) for seed in (0, 1))
     settings = {"network": network, "reference": reference, "score_batch": 4}
-    closed = ClassifierLearner(**settings).mimic_scores(block())
-    weights, direction = ClassifierLearner(**settings)._layer(network), None
-    direction, _ = towards(weights, ClassifierLearner(**settings)._layer(reference))
-    by_jvp = ClassifierLearner(**settings)._layer_scores(block()["features"], block()["label"], weights, direction)
+    closed = ClassifierLearner(**settings).rows(block(), frozenset({"mimic_score"}))["mimic_score"]
+    by_jvp = ClassifierLearner(**settings).mimic_scores(block())
     torch.testing.assert_close(closed, by_jvp, atol=1e-6, rtol=0)
     whole = ClassifierLearner(**settings, mimic_layer="").mimic_scores(block())
     assert whole.shape == (9,) and not torch.allclose(whole, closed)
