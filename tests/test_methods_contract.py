@@ -54,6 +54,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("jest", {"form": "softmax"}),
     ("jest", {"form": "softmax", "with_self_term": False}),
     ("rho", {"sampling": True}),
+    ("typicality", {"rule": "lightly"}),
+    ("typicality", {"rule": "typiclust"}),
+    ("typicality", {"rule": "top"}),
 ]
 """Forms of a method that are held to the contract beside its defaults."""
 

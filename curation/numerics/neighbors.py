@@ -1,10 +1,12 @@
-"""k-means by faiss, and the centroid nearest to each row: how a pool is cut into clusters.
+"""Nearest neighbours, k-means by faiss, and the centroid nearest to each row: how a pool is cut into clusters.
 
-Johnson et al. 2017 (arXiv:1702.08734). The centroids are fitted on a seeded sample of the rows, 256 per cluster unless
-told otherwise (faiss's own figure: more rows hardly move a centroid), on the CPU, where the same rows, seed and version
-of faiss give the same centroids for any number of threads. Assigning is exact search, a block of rows at a time.
+Johnson et al. 2017 (arXiv:1702.08734). Squared distances are |x|^2 + |y|^2 - 2xy in float32, a matrix product; where
+that cancels, near duplicates, they are summed again from the difference, so equal rows are at distance 0. The
+centroids are fitted on a seeded sample of the rows, 256 per cluster unless told otherwise (faiss's own figure: more
+rows hardly move a centroid), on the CPU, where the same rows, seed and version of faiss give the same centroids for any
+number of threads. Assigning is exact search, a block of rows at a time.
 
-N rows, D embedding, K clusters.
+N rows, D embedding, K clusters, M others, Q neighbours.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 
 ROWS_PER_CLUSTER = 256
+CANCELS = 1e-3
+"""Below this share of |x|^2 + |y|^2 a squared distance is summed from the difference: float32 leaves no more than three
+digits of it."""
 
 
 def fit_centroids(
@@ -79,6 +84,42 @@ def nearest_centroids(rows_ND: Tensor, centroids_KD: Tensor, *, block_rows: int 
         _, nearest_N1 = faiss.knn(_float32_array(rows_ND[block]), centroids, 1)
         clusters[block] = torch.from_numpy(nearest_N1[:, 0])
     return clusters.to(rows_ND.device)
+
+
+def squared_distances(rows_ND: Tensor, others: Tensor, norms2_N: Tensor) -> Tensor:
+    """Squared Euclidean distances (N, M) float32 of float32 rows to those at `others` (M,); 0 between equal rows.
+
+    `norms2_N` are the rows' squared norms. Costs N M D multiply-adds.
+    """
+    sums_NM = norms2_N[:, None] + norms2_N[others]
+    distances_NM = torch.addmm(sums_NM, rows_ND, rows_ND[others].T, alpha=-2)
+    row, other = (distances_NM < CANCELS * sums_NM).nonzero(as_tuple=True)
+    for at in range(0, len(row), 8192):  # a pool of copies has many such pairs, so never all at once
+        near = slice(at, at + 8192)
+        difference = rows_ND[row[near]] - rows_ND[others[other[near]]]
+        distances_NM[row[near], other[near]] = difference.square().sum(dim=1)
+    return distances_NM
+
+
+def nearest_distances(rows_ND: Tensor, num_neighbors: int, *, block_rows: int = 1024) -> Tensor:
+    """Euclidean distances (N, Q) float32 of each row to its Q nearest others, nearest first.
+
+    A row is left out of its own neighbours by its place, not by its distance, so a copy of it is one at distance 0.
+    Costs N^2 D multiply-adds, memory block_rows x N float32. ValueError if rows are not finite (N, D) or Q is not in
+    [1, N - 1].
+    """
+    _check_rows("rows", rows_ND)
+    if not 1 <= num_neighbors < len(rows_ND):
+        raise ValueError(f"num_neighbors must be in [1, {len(rows_ND) - 1}], the other rows, got {num_neighbors}")
+    rows_ND = rows_ND.float()
+    norms2_N = rows_ND.square().sum(dim=1)
+    nearest_NQ = rows_ND.new_empty(len(rows_ND), num_neighbors)
+    for first in range(0, len(rows_ND), block_rows):
+        block = torch.arange(first, min(first + block_rows, len(rows_ND)), device=rows_ND.device)
+        distances_BN = squared_distances(rows_ND, block, norms2_N).T.contiguous()
+        distances_BN[torch.arange(len(block), device=block.device), block] = torch.inf
+        nearest_NQ[block] = distances_BN.topk(num_neighbors, dim=1, largest=False).values
+    return nearest_NQ.clamp_min_(0).sqrt_()
 
 
 def _check_rows(name: str, rows_ND: Tensor) -> None:
