@@ -9,6 +9,7 @@
     plan     600,000 shards listed, planned and resumed: seconds and memory
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
+    subsets  what selection rules pick from pools whose junk is planted, judged on the picked rows themselves
 
 `--tiny` runs the smallest size, which proves the command and measures nothing.
 """
@@ -22,8 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import ablate, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select
+from jobs.benchmarks import ablate, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select, subsets
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
 
 
@@ -45,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "plan": lambda given: plan.benchmark(tiny=given.tiny),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "subsets": lambda given: subsets.benchmark(tracks=given.tracks, tiny=given.tiny, folder=given.folder),
 }
 
 
@@ -59,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
     parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
     parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
+    parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)

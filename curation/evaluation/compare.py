@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curation.evaluation.fid import distance_of_moments, moments
+from curation.evaluation.fid import BLOCK_ROWS, distance_of_moments, moments
 from curation.evaluation.manifold import manifold_metrics
 
 MAX_WIDTH = 256
@@ -57,7 +57,9 @@ class Reference:
         """Features (n, P) in the reference's principal directions; as they are if there are no more than P."""
         if self._directions_DP is None:
             return features_nD
-        return ((features_nD.double() - self._mean_D) @ self._directions_DP).float()
+        # In blocks: a million rows of 1,024 are 8 GB in float64.
+        parts = features_nD.split(BLOCK_ROWS)
+        return torch.cat([((part.double() - self._mean_D) @ self._directions_DP).float() for part in parts])
 
     def distance(self, features_nD: Tensor) -> float:
         """Fréchet distance to the whole reference; compares with that of another set of n rows only."""

@@ -30,12 +30,13 @@ def squared_distance_blocks(query_QD: Tensor, key_MD: Tensor) -> Iterator[Block]
     is below 0 is set to 0. ValueError if the sets are not finite (Q, D) and (M, D).
     """
     for name, rows_ND in (("queries", query_QD), ("keys", key_MD)):
-        if rows_ND.ndim != 2 or not rows_ND.dtype.is_floating_point or not torch.isfinite(rows_ND).all():
+        # The mean tells without a copy of a million rows: one value that is not finite makes it so.
+        if rows_ND.ndim != 2 or not rows_ND.dtype.is_floating_point or not torch.isfinite(_mean(rows_ND)).all():
             raise ValueError(f"{name} must be finite floats (n, D), got {rows_ND.dtype} {tuple(rows_ND.shape)}")
     if query_QD.shape[1] != key_MD.shape[1]:
         raise ValueError(f"queries and keys must be of one width, got {query_QD.shape[1]} and {key_MD.shape[1]}")
     dtype = torch.float64 if query_QD.dtype == key_MD.dtype == torch.float64 else torch.float32
-    centre_D = key_MD.mean(dim=0, dtype=torch.float64).to(dtype)
+    centre_D = _mean(key_MD).to(dtype)
     for first in range(0, len(query_QD), BLOCK_ROWS):
         rows = slice(first, min(first + BLOCK_ROWS, len(query_QD)))
         query_RD = query_QD[rows].to(dtype) - centre_D
@@ -77,3 +78,8 @@ def nearest_others(rows_ND: Tensor, num_neighbors: int) -> Tensor:
     # Where so many twins come first that the row itself is not among them, the last is as good as any.
     is_self[:, -1] |= ~is_self.any(dim=1)
     return near[~is_self].reshape(len(rows_ND), num_neighbors)
+
+
+def _mean(rows_ND: Tensor) -> Tensor:
+    """(D,) float64; 0 of no rows."""
+    return rows_ND.sum(dim=0, dtype=torch.float64) / max(1, len(rows_ND))

@@ -79,7 +79,7 @@ class SubsetRecipe(Judged):
 
 
 class Generator(Part):
-    """The generative model, a U-Net that is trained to undo noise; field by field a `training.diffusion.DiffusionSpec`."""
+    """The generative model: a U-Net that is trained to undo noise, as a `training.diffusion.DiffusionSpec`."""
 
     image_size: int = Field(default=32, gt=0)
     """Pixels; images are cropped to the middle square."""

@@ -27,7 +27,17 @@ from curation.evaluation.compare import Reference
 from curation.methods import load_selector
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval
-from jobs.benchmarks.subset_pools import CLEAN, NEAR, NUM_POOLS, OUTLIER, StudyPool, image_parts, image_pool, point_pool
+from jobs.benchmarks.subset_pools import (
+    CLEAN,
+    NEAR,
+    NUM_POOLS,
+    OUTLIER,
+    TRACKS,
+    StudyPool,
+    image_parts,
+    image_pool,
+    point_pool,
+)
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"name": "uniform"},
@@ -43,19 +53,23 @@ SHARE, BUDGET = 0.03, 0.10
 """Where the other claim does not vary them; the article keeps 1,000 of 11,647."""
 
 
-def benchmark(*, tiny: bool, folder: Path) -> dict[str, Any]:
-    """All figures; what is in the folder already is not done again."""
+def benchmark(*, tiny: bool, folder: Path, tracks: Sequence[str] | None = None) -> dict[str, Any]:
+    """All figures, or those of some tracks; what is in the folder already is not done again."""
     pools = 1 if tiny else NUM_POOLS
     shares, budgets = ((0.0, SHARE), (BUDGET, 0.5)) if tiny else (OUTLIER_SHARES, BUDGETS)
-    cells = [("planted", SHARE, BUDGET)]
-    for track in ("flickr8k",) if tiny else ("flickr8k", "cifar10"):
+    tracks = tracks or (("planted", "flickr8k") if tiny else ("planted", *TRACKS))
+    cells = []
+    for track in tracks:
+        if track == "planted":
+            cells.append((track, SHARE, BUDGET))
+            continue
         settings = {(share, BUDGET) for share in shares} | {(SHARE, budget) for budget in budgets}
         cells += [(track, *setting) for setting in sorted(settings)]
     figures: dict[str, Any] = {}
     for track, share, budget in cells:
         told = [_cell(track, number, share=share, budget=budget, folder=folder, tiny=tiny) for number in range(pools)]
-        figures[f"{track}, outliers {share:.0%}, budget {budget:.0%}"] = summary(told)
-        _say(track, share, budget, summary(told))
+        figures[f"{track}, outliers {share:.0%}, budget {budget:.0%}"] = found = summary(told)
+        _say(track, share, budget, found)
     return {
         **provenance(),
         "benchmark": "subsets",
