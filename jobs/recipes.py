@@ -154,14 +154,12 @@ EMBEDDINGS: dict[str, Callable[[], EmbeddingsRecipe]] = {"debug": embeddings_deb
 
 def subset_debug() -> SubsetRecipe:
     """A pool that was embedded with random weights, measured on those: proves the pipe."""
-    return SubsetRecipe(keep=100, compute=Compute(device="cpu"))
+    return SubsetRecipe(keep=100)
 
 
 def subset_dinov2() -> SubsetRecipe:
-    """Measured on DINOv2 ViT-L/14, which selections on CLIP never saw."""
-    return SubsetRecipe(
-        name="dinov2", features="dinov2", network=DINOV2, compute=Compute(device="cuda", decode_threads=8)
-    )
+    """Measured on a column of DINOv2 ViT-L/14, which selections on CLIP never saw."""
+    return SubsetRecipe(name="dinov2", features="dinov2")
 
 
 DINOV2 = Network(library="timm", model="vit_large_patch14_dinov2", pretrained="lvd142m")
@@ -187,7 +185,7 @@ def diffusion_tiny() -> DiffusionRecipe:
         seeds=2,
         samples=100,
         network=Network(model="nano", seed=1),
-        compute=Compute(device="cpu"),
+        device="cpu",
         checkpoint_every=100,
     )
 
@@ -199,7 +197,7 @@ def diffusion_cifar() -> DiffusionRecipe:
         generator=Generator(channels=(48, 96, 192), batch_size=128, sampling_steps=50),
         steps=5_000,
         network=DINOV2,
-        compute=Compute(device="cuda"),
+        device="cuda",
     )
 
 
@@ -216,7 +214,7 @@ def diffusion_lightly() -> DiffusionRecipe:
         steps=20_000,
         seeds=2,
         network=DINOV2,
-        compute=Compute(device="cuda"),
+        device="cuda",
     )
 
 

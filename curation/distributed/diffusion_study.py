@@ -43,7 +43,7 @@ from curation.recipe.parts import Pool
 SHOWN = 25
 """Samples of each model on the page."""
 MAX_FAILURES = 2
-NOT_THE_STUDY = {"arms", "seeds", "workers", "compute", "name", "output", "run", "checkpoint_every", "sample_batch"}
+NOT_THE_STUDY = {"arms", "seeds", "workers", "device", "name", "output", "run", "checkpoint_every", "sample_batch"}
 """Fields that may change from one start to the next: they add models, or do not change them."""
 
 
@@ -143,7 +143,7 @@ def _train(recipe: DiffusionRecipe, units: list[Unit]) -> None:
     workers = max(1, min(recipe.workers, len(units)))
     with cluster(num_cpus=workers):
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        device = recipe.compute.device if recipe.compute.device != "auto" else ("cuda" if gpus else "cpu")
+        device = recipe.device if recipe.device != "auto" else ("cuda" if gpus else "cpu")
         if device == "cuda" and gpus < workers:
             raise ValueError(f"workers={workers} need a GPU each, the cluster has {gpus}")
         trainer = ray.train.torch.TorchTrainer(

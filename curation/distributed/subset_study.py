@@ -18,10 +18,8 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage, tables
 from curation.data.pool_rows import read_pool
 from curation.distributed.arms import choose, columns_of, networks_of, overlap, shared_features
-from curation.distributed.columns import add_columns
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.evaluation.compare import Reference
-from curation.recipe.columns import FeaturesRecipe
 from curation.recipe.evaluate import SubsetRecipe
 
 
@@ -42,12 +40,6 @@ def judge_subsets(recipe: SubsetRecipe) -> SubsetStudy:
     run = checked_run(recipe.run)
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
-    if recipe.network is not None:
-        made = add_columns(
-            FeaturesRecipe(run=run, column=recipe.features, network=recipe.network, compute=recipe.compute)
-        )
-        if made.failures:
-            raise OSError(made.failures[0])
     arms = recipe.all_arms()
     pool = read_pool(run, [*{*columns_of(arms, selected_on=recipe.selected_on), recipe.features}])
     features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features)).float()

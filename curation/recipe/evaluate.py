@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from curation.recipe.columns import Network
-from curation.recipe.curate import Compute
 from curation.recipe.parts import Part, WholeRecipe
 from curation.training.diffusion import DiffusionSpec
 
@@ -50,7 +49,6 @@ class Judged(WholeRecipe):
     """The column of vectors that methods see; figures on the same features flatter them, and a warning says so."""
     max_width: int = Field(default=256, gt=0)
     """Wider features are projected on so many principal directions of the pool's."""
-    compute: Compute = Compute()
     output: str = ""
     """Folder or URL of the study."""
     seeds: int = Field(default=3, gt=0)
@@ -74,8 +72,6 @@ class SubsetRecipe(Judged):
 
     features: str = "image_embedding"
     """The column that is measured on: the pool's embeddings, or one that `jobs.fit` made."""
-    network: Network | None = None
-    """A frozen network that makes the column `features` first, where it is not there yet."""
 
 
 class Generator(Part):
@@ -131,6 +127,8 @@ class DiffusionRecipe(Judged):
     sample_batch: int = Field(default=256, gt=0)
     network: Network = Network()
     """The frozen network whose features are measured; real images are given to it at the model's resolution."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if the cluster has a GPU, else cpu."""
     workers: int = Field(default=2, gt=0)
     """Models in training at a time, each on a GPU or CPU of its own."""
     checkpoint_every: int = Field(default=1000, gt=0)

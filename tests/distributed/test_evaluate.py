@@ -21,7 +21,6 @@ from curation.distributed.arms import choose, networks_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
 from curation.distributed.diffusion_study import study_diffusion
 from curation.models.frozen import load_frozen
-from curation.recipe import Compute
 from curation.recipe.columns import Network
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe, parse_arm
 from jobs import evaluate
@@ -49,7 +48,7 @@ def diffusion(run: Path, output: Path, **fields: Any) -> DiffusionRecipe:
         seeds=1,
         samples=10,
         network=NET,
-        compute=Compute(device="cpu"),
+        device="cpu",
         checkpoint_every=2,
         **fields,
     )
