@@ -11,6 +11,7 @@
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
     subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
+    subsets  what selection rules pick from pools whose junk is planted, judged on the picked rows themselves
 
 `--tiny` runs the smallest size, which proves the command and measures nothing.
 """
@@ -37,8 +38,10 @@ from jobs.benchmarks import (
     race,
     select,
     subsample,
+    subsets,
 )
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
 
 
@@ -62,6 +65,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "subsets": lambda given: subsets.benchmark(tracks=given.tracks, tiny=given.tiny, folder=given.folder),
 }
 
 
@@ -81,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("out/race"),
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
+    parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)

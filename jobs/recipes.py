@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
+from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.train import Remember, Train, Weights, Workers
 
@@ -191,3 +192,77 @@ QUALITY: dict[str, Callable[[], QualityRecipe]] = {
 
 EMBEDDINGS: dict[str, Callable[[], EmbeddingsRecipe]] = {"debug": embeddings_debug, "small": embeddings_small}
 """Recipes of `jobs.fit embeddings`, by name."""
+
+
+def subset_debug() -> SubsetRecipe:
+    """A pool that was embedded with random weights, measured on those: proves the pipe."""
+    return SubsetRecipe(keep=100)
+
+
+def subset_dinov2() -> SubsetRecipe:
+    """Measured on a column of DINOv2 ViT-L/14, which selections on CLIP never saw."""
+    return SubsetRecipe(name="dinov2", features="dinov2")
+
+
+DINOV2 = Network(library="timm", model="vit_large_patch14_dinov2", pretrained="lvd142m")
+SUBSET: dict[str, Callable[[], SubsetRecipe]] = {"debug": subset_debug, "dinov2": subset_dinov2}
+"""Recipes of `jobs.evaluate subset`, by name."""
+
+
+def diffusion_tiny() -> DiffusionRecipe:
+    """16 px, minutes on a CPU: proves the pipe. Its samples are blurs, and the features are random."""
+    return DiffusionRecipe(
+        name="tiny",
+        keep=100,
+        generator=Generator(
+            image_size=16,
+            channels=(16, 32),
+            layers_per_level=1,
+            attention=False,
+            batch_size=16,
+            sampling_steps=20,
+            learning_rate=1e-3,
+        ),
+        steps=300,
+        seeds=2,
+        samples=100,
+        network=Network(model="nano", seed=1),
+        device="cpu",
+        checkpoint_every=100,
+    )
+
+
+def diffusion_cifar() -> DiffusionRecipe:
+    """32 px on a GPU: 1,000 images an arm, 5,000 steps of 128, three seeds (typicality.md, Sec. 5, small scale)."""
+    return DiffusionRecipe(
+        name="cifar",
+        generator=Generator(channels=(48, 96, 192), batch_size=128, sampling_steps=50),
+        steps=5_000,
+        network=DINOV2,
+        device="cuda",
+    )
+
+
+def diffusion_lightly() -> DiffusionRecipe:
+    """The article's set-up: 128 px, DDPM, batch 32, 1,000 images for 20,000 steps, the full set for 20,000 and 70,000.
+
+    What it does not say is lucidrains' default of that time: U-Net of width 64 with multiples 1, 2, 4, 8, v, sigmoid
+    schedule, learning rate 1e-4, averaged weights. Deviation: the network is diffusers' U-Net of those sizes.
+    """
+    return DiffusionRecipe(
+        name="lightly",
+        arms=("random", "coreset", "typicality", "full", "full-70k=full@70000"),
+        generator=Generator(image_size=128, channels=(64, 128, 256, 512), batch_size=32, sampling_steps=250),
+        steps=20_000,
+        seeds=2,
+        network=DINOV2,
+        device="cuda",
+    )
+
+
+DIFFUSION: dict[str, Callable[[], DiffusionRecipe]] = {
+    "tiny": diffusion_tiny,
+    "cifar": diffusion_cifar,
+    "lightly": diffusion_lightly,
+}
+"""Recipes of `jobs.evaluate diffusion`, by name."""

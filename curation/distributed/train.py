@@ -155,7 +155,7 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         storage.write_bytes(storage.join(recipe.output, "train", "error.txt"), _whole_story(error).encode())
-        raise TrainFailed(f"{_cause(error)}. The whole story is in {recipe.output}/train/error.txt") from error
+        raise TrainFailed(f"{cause_of(error)}. The whole story is in {recipe.output}/train/error.txt") from error
     finally:
         remembered = _remembered(ledger)
         ledger.close()
@@ -220,7 +220,7 @@ def _whole_story(error: Exception) -> str:
     return "\n\n".join([str(error), *(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items()))])
 
 
-def _cause(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
     """What the first worker that failed said, in one line."""
     failures = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):

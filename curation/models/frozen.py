@@ -1,4 +1,4 @@
-"""Frozen networks that turn an image into features: open_clip, timm and torchvision models, and TFLite files.
+"""Frozen networks that turn an image into features: open_clip, timm, torchvision, ResNet-20 of CIFAR, and TFLite files.
 
 The features are what the network's last linear layer would see (open_clip: the image tower's embedding, not
 normalised). Resizing is the network's own transform, cut at ToTensor as in `models.clip`; a TFLite file names no
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from curation.models.cifar_resnet import SIDE, CifarResNet20, normalise
 from curation.models.clip import Precision, Resize, build_network, load_resize, resolve_device, weights_digest
 from curation.models.perceptual_hash import BITS, grey_square, perceptual_hashes
 
-Library = Literal["open_clip", "timm", "torchvision", "tflite", "phash"]
+Library = Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash"]
 LIBRARIES: tuple[str, ...] = get_args(Library)
 IMAGENET_CROP = 224 / 256
 
@@ -63,7 +64,7 @@ def load_frozen(
     if library == "phash":
         return _phash(model, given=pretrained or checkpoint)
     device = resolve_device(device)
-    make = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library]
+    make = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision, "cifar": _cifar}[library]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         forward, network, resize = make(model, pretrained, checkpoint, seed)
@@ -142,6 +143,19 @@ def _torchvision(model: str, pretrained: str | None, checkpoint: str | None, see
     ).transforms
     forward, network = _normalised(network, steps)
     return _input_of(linear, forward), network, _until_tensor(steps)
+
+
+def _cifar(model: str, pretrained: str | None, checkpoint: str | None, seed: int) -> Made:
+    if model != "resnet20" or pretrained is not None:
+        raise ValueError(f"library cifar has the model resnet20 and no tags, got {model!r}, pretrained {pretrained!r}")
+    network = CifarResNet20()
+    if checkpoint is not None:
+        _load(network, checkpoint, ignored=("linear.",))
+
+    def resize(image: Image.Image) -> NDArray[np.uint8]:
+        return np.array(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+    return lambda pixels: network(normalise(pixels)), network, resize
 
 
 def _input_of(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

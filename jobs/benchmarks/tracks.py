@@ -128,7 +128,7 @@ def flickr8k_track(folder: Path, *, tiny: bool) -> Track:
     data = real_data() / "flickr8k"
 
     def split(first: int, last: int, *, all_captions: bool, shuffled: float) -> Iterator[Pair]:
-        photos = list(_tar_samples(data, limit=images))[first:last]
+        photos = list(tar_samples(data, limit=images))[first:last]
         owned = [
             (place, caption)
             for place, (_, fields) in enumerate(photos)
@@ -289,7 +289,7 @@ def _some_shuffled(captions: list[str], *, share: float, rng: np.random.Generato
     return given
 
 
-def _tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Image bytes and json fields of img2dataset's tars, in order."""
     num_seen = 0
     for path in sorted(folder.glob("*.tar")):
@@ -299,7 +299,7 @@ def _tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str,
                 content = tar.extractfile(member)
                 if content is None or num_seen == limit:
                     continue
-                if member.name.endswith(".jpg"):
+                if member.name.endswith((".jpg", ".png")):
                     image = content.read()
                 elif member.name.endswith(".json"):
                     num_seen += 1

@@ -1,0 +1,89 @@
+"""Selections judged by their own rows: how the kept images compare with the pool, without a model being trained.
+
+The decisive control of a study of generative models: where the subsets' own images rank as the models do, training
+models adds nothing to the claim. What is drawn is drawn anew for each seed; figures are means and deviations over them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from curation.columns import FORMAT_VERSION
+from curation.data import manifest, storage, tables
+from curation.data.pool_rows import read_pool
+from curation.distributed.arms import choose, columns_of, networks_of, overlap, shared_features
+from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.evaluation.compare import Reference
+from curation.recipe.evaluate import SubsetRecipe
+
+
+@dataclass(frozen=True)
+class SubsetStudy:
+    """Figures by arm, each a list over seeds; `overlap` by arm says what of the pool the selection itself is."""
+
+    features: str
+    rows: int
+    arms: dict[str, dict[str, list[float]]]
+    overlap: dict[str, dict[str, int]]
+    warnings: list[str]
+    format_version: int = FORMAT_VERSION
+
+
+def judge_subsets(recipe: SubsetRecipe) -> SubsetStudy:
+    """Run a study and keep it in OUTPUT/subset.json. ValueError if it cannot run as it is."""
+    run = checked_run(recipe.run)
+    if not recipe.output:
+        raise ValueError("output: name a folder, as in --output studies/first")
+    arms = recipe.all_arms()
+    pool = read_pool(run, [*{*columns_of(arms, selected_on=recipe.selected_on), recipe.features}])
+    features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features)).float()
+    reference = Reference(features, max_width=recipe.max_width)
+    figures: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
+    held: dict[str, dict[str, int]] = {}
+    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+        rows = {
+            arm.name: choose(arm, pool, keep=recipe.keep, selected_on=recipe.selected_on, seed=seed, cut_full=True)
+            for arm in arms
+        }
+        held = {name: overlap(pool, chosen, pool) for name, chosen in rows.items()}
+        compared = reference.compare({name: features[chosen] for name, chosen in rows.items()}, seed=seed)
+        for name, one in compared.items():
+            for measure, value in one._asdict().items():
+                if measure != "rows":
+                    figures[name].setdefault(measure, []).append(value)
+    warnings = shared_features(run, selected_on=recipe.selected_on, measured_by=networks_of(run, recipe.features))
+    study = SubsetStudy(recipe.features, recipe.keep, figures, held, warnings)
+    storage.write_bytes(
+        storage.join(storage.absolute(recipe.output), "subset.json"),
+        json.dumps(dataclasses.asdict(study), indent=1).encode(),
+    )
+    return study
+
+
+def checked_run(run: str) -> str:
+    """The pool's URL, as every node may open it. ValueError if it is no run with an embedded shard."""
+    url = storage.absolute(run) if run else ""
+    if not url or not storage.exists(storage.join(url, "recipe.json")) or not manifest.committed(url, EMBED_STAGE):
+        raise ValueError(f"run: {run!r} is no run of jobs.curate that embedded anything; name one, as in --run runs/a")
+    return url
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean over seeds, and the standard deviation if there is more than one."""
+    mean = statistics.fmean(values)
+    return f"{mean:.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def table_of(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[list[str]]:
+    """Lines of a table, the head first: an arm in each, its figures as mean and deviation."""
+    names = list(dict.fromkeys(name for told in figures.values() for name in told))
+    lines = [["arm", *names]]
+    for arm, told in figures.items():
+        lines.append([arm, *(mean_and_deviation(told[name]) if told.get(name) else "" for name in names)])
+    return lines

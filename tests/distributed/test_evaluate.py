@@ -1,0 +1,194 @@
+"""Selections judged by their own rows and by small generative models: from a curated run to figures and a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from curation.data.manifest import OtherRun
+from curation.data.pool_rows import middle_square, read_pixels, read_pool, selected_uids
+from curation.data.shards import ReadRules
+from curation.distributed import diffusion_loop
+from curation.distributed.arms import choose, networks_of, overlap
+from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
+from curation.distributed.diffusion_study import study_diffusion
+from curation.models.frozen import load_frozen
+from curation.recipe.columns import Network
+from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe, parse_arm
+from jobs import evaluate
+
+NET = Network(model="nano", seed=3)
+TINY = Generator(
+    image_size=8,
+    channels=(8,),
+    layers_per_level=1,
+    attention=False,
+    batch_size=4,
+    sampling_steps=2,
+    noise_steps=10,
+)
+
+
+def diffusion(run: Path, output: Path, **fields: Any) -> DiffusionRecipe:
+    return DiffusionRecipe(
+        run=str(run),
+        output=str(output),
+        arms=("random", "coreset"),
+        keep=20,
+        generator=TINY,
+        steps=4,
+        seeds=1,
+        samples=10,
+        network=NET,
+        device="cpu",
+        checkpoint_every=2,
+        **fields,
+    )
+
+
+def test_subsets_are_judged_and_say_first_what_they_hold_of_what_they_are_measured_against(
+    curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["subset", "debug", "--run", str(curated), "--output", str(tmp_path), "--keep", "60", "--seeds", "2"]
+    assert evaluate.main([*arguments, "--arms", "random", "coreset", "typicality", "everything=full"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("random: the selection holds 60 of the 236 images that it is measured against (25.4%")
+    assert "WARNING: methods select on 'image_embedding' and are measured with the network that made it" in told
+    study = json.loads((tmp_path / "subset.json").read_text())
+    assert study["arms"].keys() == {"random", "coreset", "typicality", "everything"}
+    for figures in study["arms"].values():
+        assert all(len(values) == 2 for values in figures.values()) and figures["distance"][0] > 0
+        assert all(0 <= value <= 1 for name in ("precision", "recall", "coverage") for value in figures[name])
+    assert study["arms"]["coreset"]["precision"] != study["arms"]["random"]["precision"]
+
+
+@pytest.mark.slow
+def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_side(
+    ray_session: None, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = diffusion(curated, tmp_path)
+    written = tmp_path / "recipe.json"
+    written.write_text(recipe.model_dump_json())
+    assert evaluate.main(["diffusion", str(written)]) == 0
+    assert "random: the selection holds 20 of the 236 images" in capsys.readouterr().out
+    study = json.loads((tmp_path / "diffusion.json").read_text())
+    assert study["arms"].keys() == {"random", "coreset"} and study["warnings"] == []
+    wanted = {"distance", "precision", "recall", "median_ratio", "memorised_share", "authentic_share"}
+    assert all(wanted <= figures.keys() for figures in study["arms"].values())
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<figure>") == 2 and "random" in page and "coreset" in page
+    # Both started from the same noise, and learnt from different images.
+    units = [Unit("random", 0, 4), Unit("coreset", 0, 4)]
+    samples = [load_array(unit_url(str(tmp_path), unit, "samples.npy")) for unit in units]
+    assert samples[0].shape == (10, 8, 8, 3) and not np.array_equal(samples[0], samples[1])
+
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("units/*/samples.npy")}
+    again = study_diffusion(recipe)
+    assert again.arms == study["arms"]
+    assert done == {path: path.stat().st_mtime_ns for path in tmp_path.glob("units/*/samples.npy")}
+    with pytest.raises(OtherRun, match="a study made with another recipe .*steps was 4, now 5"):
+        study_diffusion(recipe.model_copy(update={"steps": 5}))
+
+
+def test_a_model_whose_training_was_killed_goes_on_from_its_checkpoint(
+    curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.from_numpy(read_pixels(str(curated), side=8, rules=ReadRules(), max_pixels=10**6))
+    judge = load_frozen("open_clip", "nano", seed=3)
+    for name in ("whole", "killed"):
+        save_array(unit_url(str(tmp_path / name), Unit("a", 0, 4), "rows.npy"), np.arange(20))
+    run_unit(diffusion(curated, tmp_path / "whole"), Unit("a", 0, 4), images, judge, device="cpu")
+
+    steps = 0
+    train_step = diffusion_loop.Diffusion.train_step
+
+    def killed(self: Any, batch: torch.Tensor) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return train_step(self, batch)
+
+    monkeypatch.setattr(diffusion_loop.Diffusion, "train_step", killed)
+    recipe = diffusion(curated, tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(recipe, Unit("a", 0, 4), images, judge, device="cpu")
+    steps = -10
+    run_unit(recipe, Unit("a", 0, 4), images, judge, device="cpu")
+    assert steps == -8  # two steps, from the checkpoint after the second
+    samples = [(tmp_path / name / "units" / "a-0" / "samples.npy").read_bytes() for name in ("whole", "killed")]
+    assert samples[0] == samples[1]
+
+
+def test_pixels_are_the_middle_squares_in_the_order_of_the_table(curated: Path) -> None:
+    pool, pixels = (
+        read_pool(str(curated), ["uid", "sha256"]),
+        read_pixels(str(curated), side=8, rules=ReadRules(), max_pixels=10**6),
+    )
+    assert pixels.shape == (len(pool), 8, 8, 3) == (236, 8, 8, 3)
+    wide = Image.fromarray(np.repeat(np.array([[0, 0, 200, 200, 0, 0]], np.uint8), 2, axis=0)[..., None].repeat(3, 2))
+    assert middle_square(wide, 2).tolist() == [[[200] * 3] * 2] * 2
+
+
+def test_an_arm_is_a_method_a_run_or_a_file_and_what_it_lacks_is_told(curated: Path, tmp_path: Path) -> None:
+    pool = read_pool(str(curated), ["uid", "sha256", "image_embedding", "clip_score"])
+    rules = {"keep": 30, "selected_on": "image_embedding", "seed": 0, "cut_full": False}
+    by_run = choose(parse_arm(f"kept={curated}"), pool, **rules)
+    assert len(by_run) == 30 and set(pool["uid"].take(pa.array(by_run)).to_pylist()) <= set(selected_uids(str(curated)))
+    subset = selected_uids(str(curated / "selection" / "subset.npy"))
+    assert sorted(subset) == sorted(selected_uids(str(curated)))
+    assert len(choose(parse_arm("full"), pool, **rules)) == 236
+    assert len(choose(parse_arm("full"), pool, **{**rules, "cut_full": True})) == 30
+    assert overlap(pool, by_run, pool) == {"evaluated": 236, "held_by_the_selection": 30}
+    pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / "foreign.parquet")
+    with pytest.raises(ValueError, match="arm x: 1 of 1 uids are not in the pool, 0000"):
+        choose(parse_arm(f"x={tmp_path}/foreign.parquet"), pool, **rules)
+    with pytest.raises(ValueError, match="is no method, no run with a selection, and no .npy or .parquet file"):
+        choose(parse_arm("nothing"), pool, **rules)
+    with pytest.raises(ValueError, match="arm kept has 71 rows, keep is 72"):
+        choose(parse_arm(f"kept={curated}"), pool, **{**rules, "keep": 72})
+
+
+def test_a_column_of_the_same_network_is_known_to_share_its_features(curated: Path) -> None:
+    assert networks_of(str(curated), "image_embedding") & networks_of(str(curated), "image_embedding")
+    assert not networks_of(str(curated), "no_such_column")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ("random", "random=full")}, "arms must be one or more, each of another name"),
+        ({"arms": ()}, "arms must be one or more"),
+        ({"arms": ("a b",)}, "arm must be NAME, NAME=SOURCE or NAME=SOURCE@STEPS, got 'a b'"),
+    ],
+)
+def test_arms_that_cannot_be_told_apart_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SubsetRecipe(**fields)
+
+
+def test_a_generator_whose_levels_do_not_halve_the_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="channels must be multiples of 8, and image_size one of 4"):
+        Generator(image_size=10, channels=(8, 8, 8))
+    with pytest.raises(ValueError, match="channels must be multiples of 8"):
+        Generator(channels=(7,))
+
+
+@pytest.mark.parametrize("kind", ["subset", "diffusion"])
+def test_a_study_without_pool_or_output_is_refused(
+    kind: str, curated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"subset": "debug", "diffusion": "tiny"}[kind]
+    assert evaluate.main([kind, recipe, "--output", "x"]) == 2
+    assert "is no run of jobs.curate that embedded anything" in capsys.readouterr().err
+    assert evaluate.main([kind, recipe, "--run", str(curated)]) == 2
+    assert "output: name a folder" in capsys.readouterr().err
+    assert evaluate.main(["elsewhere"]) == 2
