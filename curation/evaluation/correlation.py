@@ -26,7 +26,7 @@ def ranks(values_n: np.ndarray) -> np.ndarray:
 
 
 def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float:
-    """Pearson's correlation of the ranks, over the rows where both are finite; NaN if fewer than 3, or one is constant.
+    """Pearson's correlation of the ranks over the rows where both are finite; NaN below 3 rows, or if one is constant.
 
     ValueError if the lengths differ.
     """
@@ -42,7 +42,7 @@ def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float:
 
 
 def spearman_matrix(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(S, S) float64, symmetric, 1 on the diagonal (NaN for a constant score), rows and columns in order of `scores`."""
+    """(S, S) float64, symmetric, 1 on the diagonal (NaN for a constant score), in order of `scores`."""
     columns = [np.asarray(values, np.float64) for values in scores.values()]
     matrix_SS = np.full((len(columns), len(columns)), np.nan)
     for i, a in enumerate(columns):
@@ -54,7 +54,7 @@ def spearman_matrix(scores: Mapping[str, np.ndarray]) -> np.ndarray:
 def over_seeds(matrices: Sequence[np.ndarray]) -> list[list[Interval | None]]:
     """For each pair of scores the mean over seeds and its 95% t interval; None where a seed has no value.
 
-    `matrices`: one (S, S) per seed, of the same scores in the same order. ValueError if there is none, or shapes differ.
+    `matrices`: one (S, S) per seed, of the same scores in the same order. ValueError if none, or their shapes differ.
     """
     if not matrices or any(matrix.shape != matrices[0].shape for matrix in matrices):
         raise ValueError(f"matrices must be of one shape, got {[matrix.shape for matrix in matrices]}")

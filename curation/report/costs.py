@@ -7,16 +7,15 @@ file. What is not known is None, and is told as such, never as 0.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
+from pydantic import Field
 
 from curation.data import storage
 from curation.recipe.parts import Part, selector_of
 from curation.report.folder import CurationRun, TrainingRun
-from pydantic import Field
 
 POOL_SIZES = (1_000_000, 100_000_000, 5_000_000_000)
 HOUR_S = 3600.0
@@ -104,7 +103,7 @@ def curation_costs(run: CurationRun, prices: Prices) -> list[Cost]:
 def training_costs(
     run: TrainingRun, pool: CurationRun | None, reference: TrainingRun | None, prices: Prices
 ) -> list[Cost]:
-    """Reference, cache, waiting, scoring, training, apart. The first two are of the runs given, if the method needs them."""
+    """Reference, cache, waiting, scoring, training, apart; the first two, if the method needs them, are other runs'."""
     device, held = device_of(run), run.recipe.get("compute", {}).get("workers", 1)
     if device == "cpu":
         held *= run.recipe.get("compute", {}).get("torch_threads", 1)

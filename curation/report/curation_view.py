@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -280,7 +280,7 @@ def _warnings(run: CurationRun, read: int, kept: int) -> list[str]:
     else:
         if run.summary["read"] != read:
             found.append(
-                f"the tables hold {read:,} samples, the account says {run.summary['read']:,}: the pool has changed since"
+                f"the tables hold {read:,} samples, the account {run.summary['read']:,}: the pool has changed since"
             )
         if run.summary["selected"] not in (None, kept):
             found.append(f"the tables hold {kept:,} kept samples, the account says {run.summary['selected']:,}")

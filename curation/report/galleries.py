@@ -63,7 +63,7 @@ def galleries(scan: Scan, *, ranked_by: str | None, charged: bool) -> list[Galle
 
 
 def _band(scan: Scan, score: str, low: int, high: int) -> Gallery:
-    """Rows of the sample between two percentiles of a score, drawn at random: the sample's order is no order of scores."""
+    """Rows of the sample between two percentiles of a score, drawn at random."""
     values = scan.scores[score]
     known = values[np.isfinite(values)]
     least, most = np.quantile(known, [low / 100, high / 100])

@@ -40,7 +40,7 @@ BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 class Wanted:
     """What a report is asked to be."""
 
-    prices: Prices = Prices()
+    prices: Prices = field(default_factory=Prices)
     has_prices: bool = False
     with_images: bool = True
     safety: Mapping[str, float] = field(default_factory=lambda: dict(SAFETY))
@@ -49,7 +49,7 @@ class Wanted:
 
 
 def report(urls: Sequence[str], wanted: Wanted) -> str:
-    """The report of the runs in these folders, as HTML. ValueError if a folder holds no run, or a column is not there."""
+    """The report of the runs in these folders, as HTML. ValueError if one holds no run, or a column is not there."""
     runs = [run for url in urls for run in folder.load(url)]
     curated = [run for run in runs if isinstance(run, CurationRun)]
     trained = [run for run in runs if isinstance(run, TrainingRun)]
@@ -128,7 +128,7 @@ def _pool_of(run: TrainingRun, curated: Sequence[CurationRun]) -> CurationRun | 
 
 
 def _reference_of(pool: CurationRun | None, trained: Sequence[TrainingRun]) -> TrainingRun | None:
-    """The run that trained the model which embedded a pool, if its folder is still where the checkpoint was taken from."""
+    """The run that trained the model which embedded a pool, if its folder is where the checkpoint was taken from."""
     checkpoint = (pool.recipe.get("embed", {}).get("checkpoint") if pool else None) or ""
     url = checkpoint.removesuffix("/train/learner.pt")
     known = next((each for each in trained if each.url == url), None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -247,7 +248,7 @@ def _host(url: str) -> str:
 def _sides(table: pa.Table) -> list[str]:
     """The power-of-two range that the shorter side lies in."""
     sides = derived_columns.numbers(table, "min_side")
-    names = [f"{low}–{high - 1} px" for low, high in zip(MIN_SIDES[:-1], MIN_SIDES[1:], strict=True)]
+    names = [f"{low}–{high - 1} px" for low, high in pairwise(MIN_SIDES)]
     names.append(f"{MIN_SIDES[-1]} px and more")
     places = np.searchsorted(MIN_SIDES, np.nan_to_num(sides), side="right") - 1
     return [UNKNOWN if np.isnan(side) else names[place] for side, place in zip(sides, places, strict=True)]

@@ -111,7 +111,7 @@ def _thumbnail(row: Mapping[str, Any], rules: ReadRules, max_pixels: int) -> tup
     try:
         return encode(images.open_image(data, max_pixels=max_pixels)), None
     except ImageError as error:
-        return None, error.reason
+        return None, row["reason"] or error.reason
 
 
 def _image_of(raw: BinaryIO, row: Mapping[str, Any], rules: ReadRules) -> bytes | None:

@@ -74,6 +74,11 @@ class TrainingView:
     """Label, recipe as JSON, and all that stands beside it."""
     commands: list[str]
 
+    @property
+    def has_bands(self) -> bool:
+        """True if some arm has several seeds."""
+        return any(len(row.arm.runs) > 1 for row in self.arms)
+
 
 def training_view(
     runs: Sequence[TrainingRun],
