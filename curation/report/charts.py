@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
-MAX_POINTS = 240
+MAX_POINTS = 60
 """A line of more points is drawn by the means of as many stretches."""
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -47,8 +47,8 @@ def number(value: float) -> str:
         return "0"
     for scale, prefix in PREFIXES:
         if abs(value) >= scale:
-            return f"{value / scale:.3g}{prefix}"
-    return f"{value:.3g}"
+            return f"{value / scale:.3g}{prefix}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
 
 
 def share(value: float) -> str:
@@ -56,7 +56,7 @@ def share(value: float) -> str:
     return f"{100 * value:.3g}%"
 
 
-def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     """Round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     span = high - low
     step = 10.0 ** math.floor(math.log10(span / about))

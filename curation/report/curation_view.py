@@ -16,12 +16,12 @@ from curation.data.shards import DROP_REASONS
 from curation.evaluation.correlation import spearman_matrix
 from curation.numerics.intervals import wilson
 from curation.recipe import Embed, Pool, Step, parse_steps
-from curation.report import costs, galleries, thumbnails
+from curation.report import costs, folder, galleries, thumbnails
 from curation.report.charts import Bars, histogram
 from curation.report.costs import Cost, Estimate, Prices
-from curation.report.folder import CurationRun
+from curation.report.folder import CurationRun, StepCount
 from curation.report.galleries import ShownGallery
-from curation.report.scan import Group, Scan, scan, score_column
+from curation.report.scan import DUPLICATE, UNKNOWN, Group, Scan, scan, score_column
 from curation.report.thumbnails import Sample
 
 BINS = 48
@@ -130,8 +130,8 @@ def curation_view(
     selected = run.summary.get("selected")
     ranked_by = score_column(steps)
     ranked_by = ranked_by if ranked_by in found.scores else None
-    waterfall, charged = _waterfall(run, found, read=read, dropped=dropped)
-    planned = galleries.galleries(found, ranked_by=ranked_by, charged=charged) if with_images else []
+    counts = folder.waterfall(run)
+    planned = galleries.galleries(found, ranked_by=ranked_by, cut=_examples(counts, found)) if with_images else []
     shown = _samples(run, planned, dropped if with_images else {}, found, ranked_by, safety, max_image_bytes)
     return CurationView(
         run=run,
@@ -139,14 +139,14 @@ def curation_view(
         embedded=found.embedded,
         dropped=sum(dropped.values()),
         selected=kept if selected is not None else None,
-        waterfall=waterfall,
+        waterfall=_waterfall(counts, selected, read=read, dropped=dropped),
         reasons=_reasons(dropped, found, shown),
         scores=[_score(name, found, ranked_by, steps) for name in found.scores],
         sampled=len(found.addresses),
         galleries=[
             ShownGallery(g.title, g.about, [[shown[a] for a in group] for group in g.groups], g.kind) for g in planned
         ],
-        groups=[_group_table(column, rows, found.embedded, kept) for column, rows in found.groups.items()],
+        groups=[_group_table(column, rows, found.embedded, kept) for column, rows in _groups(run, found).items()],
         score_names=list(found.scores),
         correlation=spearman_matrix(found.scores),
         costs=costs.curation_costs(run, prices),
@@ -163,32 +163,32 @@ def _steps(run: CurationRun) -> tuple[Step, ...]:
     return parse_steps(json.dumps(run.recipe.get("selection", [])))
 
 
-def _waterfall(run: CurationRun, found: Scan, *, read: int, dropped: Mapping[str, int]) -> tuple[list[Stage], bool]:
-    """From all that was read to what was kept; and whether the tables say of each row which step cut it.
-
-    The selection's counts are those that the run itself wrote: it alone knows what each step saw.
-    """
+def _waterfall(
+    steps: Sequence[StepCount], selected: int | None, *, read: int, dropped: Mapping[str, int]
+) -> list[Stage]:
+    """From all that was read to what was kept. The selection's counts are those that the run itself wrote."""
     left = read
     stages = [Stage("read", "read", left, 0, "samples that were begun")]
     for reason, count in sorted(dropped.items(), key=lambda each: -each[1]):
         left -= count
         stages.append(Stage(reason, "dropped", left, count, DROP_REASONS[reason]))
-    charged = True
-    for name, rows_in, rows_out in run.summary.get("waterfall", []):
-        charged = charged and found.outcomes[name] == rows_in - rows_out
-        if rows_in != rows_out or name != "duplicate_uid":
-            stages.append(
-                Stage(
-                    name,
-                    "cut",
-                    rows_out,
-                    rows_in - rows_out,
-                    "later copies of a uid" if name == "duplicate_uid" else "cut",
-                )
-            )
-    if run.summary.get("selected") is not None:
-        stages.append(Stage("kept", "kept", run.summary["selected"], 0, "the selection"))
-    return stages, charged
+    for step in steps:
+        removed = step.rows_in - step.rows_out
+        if removed or step.name != DUPLICATE:
+            about = "later copies of a uid" if step.name == DUPLICATE else "left out by the selection"
+            stages.append(Stage(step.name, "cut", step.rows_out, removed, about))
+    if selected is not None:
+        stages.append(Stage("kept", "kept", selected, 0, "the selection"))
+    return stages
+
+
+def _examples(steps: Sequence[StepCount], found: Scan) -> dict[str, list[int]] | None:
+    """Step -> rows that it removed: those that the run noted, or else those that the tables tell; None if neither."""
+    if steps and all(step.examples is not None for step in steps):
+        return {step.name: list(step.examples or ()) for step in steps if step.name != DUPLICATE}
+    if any(found.outcomes[step.name] != step.rows_in - step.rows_out for step in steps):
+        return None
+    return {step.name: found.picks.addresses(step.name, galleries.SHOWN) for step in steps if step.name != DUPLICATE}
 
 
 def _samples(
@@ -238,11 +238,21 @@ def _score(name: str, found: Scan, ranked_by: str | None, steps: Sequence[Step])
     return ScoreView(name, chart, table, int(known.sum()))
 
 
+def _groups(run: CurationRun, found: Scan) -> dict[str, list[Group]]:
+    """Column -> its groups: those of the scan, and of the run's own audit the columns that it has besides."""
+    groups = dict(found.groups)
+    for column in dict.fromkeys(group.column for group in folder.audited(run)):
+        if column not in groups and column.removeprefix("json.") not in groups:
+            rows = [Group(g.value or UNKNOWN, g.rows, g.kept) for g in folder.audited(run) if g.column == column]
+            groups[column] = sorted(rows, key=lambda group: -group.rows)
+    return groups
+
+
 def _group_table(column: str, rows: Sequence[Group], embedded: int, kept: int) -> GroupTable:
     overall = kept / embedded if embedded else 0.0
     views = []
     for group in rows[:GROUPS_SHOWN]:
-        share = group.kept / group.rows
+        share = group.kept / group.rows if group.rows else 0.0
         low, high = wilson(group.kept, group.rows)
         views.append(
             GroupView(group.value, group.rows, group.kept, share, low, high, share / overall if overall else 0.0)

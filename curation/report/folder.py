@@ -6,11 +6,11 @@ not hold is None or empty, never an error, so that a run which was stopped half 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ from curation.data.shard_list import Shard
 from curation.ledger import Ledger, LedgerSpec
 
 EMBED_STAGE = "embed"
+WHOLE_SELECTION = -1
+"""The step of audit.parquet that stands for all of them."""
 DIVIDING_FIELDS = ("seed", "name", "output")
 """Fields of a training recipe in which the seeds of one arm may differ, and the learner's seed."""
 
@@ -119,6 +121,45 @@ def _table(url: str) -> pa.Table:
         return pa.table({"step": pa.array([], pa.int64())})
     with storage.open_read(url) as file:
         return pq.read_table(file)
+
+
+class StepCount(NamedTuple):
+    """What a step of the selection did, and some of the rows that it removed."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    examples: Sequence[int] | None
+    """Addresses; None if the run did not note them."""
+
+
+def waterfall(run: CurationRun) -> list[StepCount]:
+    """The steps of a run's selection, from selection/waterfall.parquet, or else from its account."""
+    url = storage.join(run.url, "selection", "waterfall.parquet")
+    if storage.exists(url):
+        rows = _table(url).to_pylist()
+        return [StepCount(row["name"], row["rows_in"], row["rows_out"], row["examples"]) for row in rows]
+    return [StepCount(name, before, after, None) for name, before, after in run.summary.get("waterfall", [])]
+
+
+class AuditedGroup(NamedTuple):
+    """Rows that share a value of a column, over the whole selection, as the run's own audit has them."""
+
+    column: str
+    value: str | None
+    rows: int
+    kept: int
+
+
+def audited(run: CurationRun) -> list[AuditedGroup]:
+    """The groups of selection/audit.parquet over all steps; empty if there is none."""
+    url = storage.join(run.url, "selection", "audit.parquet")
+    rows = _table(url).to_pylist() if storage.exists(url) else []
+    return [
+        AuditedGroup(row["column"], row["group"], row["rows_in"], row["rows_out"])
+        for row in rows
+        if row["step"] == WHOLE_SELECTION
+    ]
 
 
 @dataclass(frozen=True)

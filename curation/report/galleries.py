@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from curation.report.thumbnails import Sample
 
 BANDS = ((0, 20), (30, 80), (80, 100))
 """Percentiles of the score, those in which Alchemist (arXiv:2512.16905) looks at its ratings."""
-SHOWN = 12
-SHOWN_OF_A_REASON = 6
+SHOWN = 16
+SHOWN_OF_A_REASON = 8
 COPY_GROUPS, SHOWN_OF_A_GROUP = 6, 4
 
 
@@ -29,25 +29,18 @@ class Gallery(NamedTuple):
     """kept, cut, dropped or mixed: the page's colour."""
 
 
-def galleries(scan: Scan, *, ranked_by: str | None, charged: bool) -> list[Gallery]:
+def galleries(scan: Scan, *, ranked_by: str | None, cut: Mapping[str, list[int]] | None) -> list[Gallery]:
     """The galleries of a curated run, without empty ones.
 
-    `charged`: what cut each row is known. If not, what was cut is shown as one.
+    `cut`: step -> some of the rows that it removed. Without it what was cut is shown as one, by whatever step.
     """
     found = [Gallery("Kept", "drawn at random", [scan.picks.addresses("kept", SHOWN)], "kept")]
-    cut = [
-        name
-        for name in scan.picks.chosen
-        if name not in DROP_REASONS and name not in ("kept", DUPLICATE, JUST_KEPT, JUST_CUT)
-    ]
-    if charged:
-        found += [
-            Gallery(f"Cut by {name}", "drawn at random", [scan.picks.addresses(name, SHOWN)], "cut")
-            for name in sorted(cut)
-        ]
+    if cut is None:
+        known = {*DROP_REASONS, "kept", DUPLICATE, JUST_KEPT, JUST_CUT}
+        pooled = sorted(shown for name in scan.picks.chosen.keys() - known for shown in scan.picks.chosen[name])
+        found.append(Gallery("Cut", "by any step", [[shown.address for shown in pooled[:SHOWN]]], "cut"))
     else:
-        pooled = sorted(shown for name in cut for shown in scan.picks.chosen[name])[:SHOWN]
-        found.append(Gallery("Cut", "by any step, drawn at random", [[shown.address for shown in pooled]], "cut"))
+        found += [Gallery(f"Cut by {name}", "some of them", [rows[:SHOWN]], "cut") for name, rows in cut.items()]
     if ranked_by is not None:
         near = [scan.picks.addresses(name, SHOWN) for name in (JUST_KEPT, JUST_CUT)]
         found.append(Gallery("Borderline, just kept", f"the lowest {ranked_by} that was kept", [near[0]], "kept"))

@@ -94,6 +94,7 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         "percent": percent,
         "figure": figure,
         "lift_bar": lift_bar,
+        "energy": energy,
     }
     style, script = ((TEMPLATES / name).read_text() for name in ("page.css", "calculator.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -150,9 +151,17 @@ def _is_control(character: str) -> bool:
 def hours(seconds: float) -> str:
     """A duration in the unit that suits it: 42 s, 3.1 min, 5.2 h, 12 days."""
     for unit, length in (("days", 24 * HOUR_S), ("h", HOUR_S), ("min", 60.0)):
-        if seconds >= 2 * length or (unit != "days" and seconds >= 1.5 * length):
+        if seconds >= 2 * length:
             return f"{charts.number(seconds / length)} {unit}"
     return f"{seconds:.3g} s"
+
+
+def energy(kwh: float) -> str:
+    """An energy in the unit that suits it: Wh, kWh or MWh."""
+    for unit, size in (("MWh", 1000.0), ("kWh", 1.0)):
+        if kwh >= size:
+            return f"{kwh / size:.3g} {unit}" if kwh < 1000 * size else f"{kwh / size:,.0f} {unit}"
+    return f"{1000 * kwh:.2g} Wh"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -21,8 +21,8 @@ from curation.data import images, open_shard, parquet_shards, storage, tables
 from curation.data.images import ImageError
 from curation.data.shards import ReadRules, read_sample_members, split_name
 
-SIDE = 132
-"""Pixels of a thumbnail's longer side: sharp enough at the 120 CSS px at which it is shown, 3 kB."""
+SIDE = 144
+"""Pixels of a thumbnail's longer side: sharp enough at the 130 CSS px at which it is shown, 3 to 4 kB."""
 QUALITY = 60
 COLUMNS = ("address", "uid", "key", "shard", "offset", "status", "reason", "caption", "width", "height", "sha256")
 
