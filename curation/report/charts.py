@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
@@ -65,16 +65,17 @@ def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, as_share: bool = False) -> Markup:
-    """Curves over a common axis that begins at 0. Empty if no curve has a finite point."""
+def line_chart(
+    lines: Sequence[Line], *, x_label: str, y_label: str, as_share: bool = False, width: int = WIDTH
+) -> Markup:
+    """Curves over a common axis that begins at 0, drawn `width` units wide. Empty if no curve has a finite point."""
     drawn = [thin for line in lines if len((thin := _thinned(line)).x)]
     if not drawn:
         return Markup("")
     highest = max(float(np.max(np.concatenate([line.y, line.high]))) for line in drawn)
     lowest = min(float(np.min(np.concatenate([line.y, line.low]))) for line in drawn)
-    frame = _Frame(
-        0.0, max(max(float(np.max(line.x)) for line in drawn), 1e-9), *_padded(min(0.0, lowest), max(highest, lowest))
-    )
+    right = max(max(float(np.max(line.x)) for line in drawn), 1e-9)
+    frame = _Frame(0.0, right, *_padded(min(0.0, lowest), max(highest, lowest)), width)
     parts = [frame.grid(x_label, y_label, y_text=share if as_share else number)]
     for line in drawn:
         if len(line.low):
@@ -86,7 +87,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, as_share: b
         parts.append(Markup('<polyline class="line s{}" points="{}">{}</polyline>').format(line.colour, points, title))
         x, y = frame.place(float(line.x[-1]), float(line.y[-1]))
         parts.append(Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2.6"/>').format(line.colour, x, y))
-    return _svg(parts, f"{y_label} over {x_label}")
+    return _svg(parts, f"{y_label} over {x_label}", width)
 
 
 def histogram(
@@ -120,7 +121,7 @@ def histogram(
                 at, top + 10, anchor, f"{cut:.4g}"
             )
         )
-    return _svg(parts, f"histogram of {x_label}")
+    return _svg(parts, f"histogram of {x_label}", WIDTH)
 
 
 def _thinned(line: Line) -> Line:
@@ -150,12 +151,13 @@ class _Frame:
     x_high: float
     y_low: float
     y_high: float
+    width: int = WIDTH
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the data lies in the drawing."""
         across = (x - self.x_low) / (self.x_high - self.x_low)
         up = (y - self.y_low) / (self.y_high - self.y_low)
-        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(
+        return round(LEFT + across * (self.width - LEFT - RIGHT), 1), round(
             HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1
         )
 
@@ -168,7 +170,7 @@ class _Frame:
         parts = []
         for value in ticks(self.y_low, self.y_high):
             _, y = self.place(self.x_low, value)
-            parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, y, WIDTH - RIGHT))
+            parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, y, self.width - RIGHT))
             parts.append(
                 Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 6, y + 3.5, y_text(value))
             )
@@ -179,8 +181,8 @@ class _Frame:
                     x, HEIGHT - BOTTOM + 14, number(value)
                 )
             )
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
+        middle = (LEFT + self.width - RIGHT) / 2
+        parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, self.width - RIGHT))
         parts.append(
             Markup('<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>').format(
                 middle, HEIGHT - 6, x_label
@@ -190,8 +192,6 @@ class _Frame:
         return Markup("").join(parts)
 
 
-def _svg(parts: Sequence[Markup], label: str) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        WIDTH, HEIGHT, escape(label)
-    )
+def _svg(parts: Sequence[Markup], label: str, width: int) -> Markup:
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, HEIGHT, label)
     return head + Markup("").join(parts) + Markup("</svg>")

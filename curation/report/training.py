@@ -99,7 +99,14 @@ def metrics_of(found: Sequence[Arm]) -> list[str]:
     if not named:
         return []
     common = set.intersection(*named) - NOT_METRICS
-    return sorted(common, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
+    return sorted(common, key=_order)
+
+
+def _order(metric: str) -> tuple[int, str, int]:
+    """Those to show first, then by name, r5 before r10."""
+    name = metric.rstrip("0123456789")
+    first = PREFERRED.index(metric) if metric in PREFERRED else len(PREFERRED)
+    return first, name, int(metric[len(name) :] or 0)
 
 
 def curve_lines(found: Sequence[Arm], axis: str, metric: str) -> list[Line]:

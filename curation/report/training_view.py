@@ -19,6 +19,8 @@ from curation.report.curves import AXES
 from curation.report.folder import CurationRun, Remembered, TrainingRun
 from curation.report.training import Arm, Saving
 
+NARROW = 272
+"""Width of a chart that stands with three others in a row."""
 STEP_COLUMNS = (
     ("junk_share", "known junk among what is trained on", True),
     ("effective_clusters", "effective clusters in a sub-batch", False),
@@ -97,7 +99,9 @@ def training_view(
     curves = []
     for axis, name in AXES.items():
         chart = (
-            line_chart(training.curve_lines(arms, axis, metric), x_label=name, y_label=metric, as_share=True)
+            line_chart(
+                training.curve_lines(arms, axis, metric), x_label=name, y_label=metric, as_share=True, width=NARROW
+            )
             if metric
             else Markup("")
         )

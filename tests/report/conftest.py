@@ -63,22 +63,23 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """write_run(name, shards=lists of Row, keep=how many of the highest scores, selection=steps): a curated run."""
+    """write_run(folder, shards=lists of Row, keep=how many of the highest scores, selection=steps): a curated run."""
 
     def write(
-        name: str,
+        folder: str,
         shards: Sequence[Sequence[Row]],
+        /,
         *,
         keep: int = 0,
         selection: Sequence[Mapping[str, Any]] | None = None,
         waterfall: Sequence[tuple[str, int, int]] | None = None,
         **fields: Any,
     ) -> Path:
-        run = tmp_path / name
+        run = tmp_path / folder
         listed, kept_from = [], []
         dropped: dict[str, int] = {}
         for number, rows in enumerate(shards):
-            url = tmp_path / f"{name}-pool" / f"{number:05d}.tar"
+            url = tmp_path / f"{folder}-pool" / f"{number:05d}.tar"
             write_tar(url, rows, seed=number)
             table = _table(str(url), number, rows)
             tables.write(str(run), number, table)
@@ -110,7 +111,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         summary |= {"waterfall": falls, "images_per_second": {"embed": 100.0}, "warnings": {}, "format_version": 1}
         (run / "summary.json").write_text(json.dumps(summary))
         recipe = CurateRecipe(
-            pool=Pool(shards=str(tmp_path / f"{name}-pool")),
+            pool=Pool(shards=str(tmp_path / f"{folder}-pool")),
             selection=parse_steps(json.dumps(list(steps))),
             output=str(run),
             **fields,
