@@ -3,13 +3,14 @@
 Makes a pool of rendered image-text pairs, most of them junk; trains a small reference CLIP on a small clean set;
 curates the pool with `jobs.curate`'s own pipeline; and, since the truth about each sample is recorded aside, says how
 much junk was in the pool and how much is in the kept set. Then a race, by `jobs.train`'s own: a fresh learner trains on
-all of the pool, another on what JEST selects from it. Nothing here sees the truth before it is printed, but for the
-races' logs. Run again, it does only what is not done.
+all of the pool, another on what JEST selects from it. At last `jobs.report`'s page of all this. Nothing here sees the
+truth before it is printed, but for the races' logs. Run again, it does only what is not done.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from curation.distributed.pipeline import curate
 from curation.distributed.train import train
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select
 from curation.report.curves import Curve, draw
+from curation.report.page import Wanted
 from curation.training.step import StepReport
 from jobs.command import EXIT_FAILED, EXIT_OK
 from jobs.curate import Progress, print_summary
@@ -29,6 +31,7 @@ from jobs.demo_pool import DemoPool, make_pool
 from jobs.demo_race import METRIC, SUB_BATCH, race_recipe, write_held_out, write_mismatched
 from jobs.demo_race import NUM_STEPS as NUM_RACE_STEPS
 from jobs.demo_reference import MODEL, NUM_PAIRS, NUM_STEPS, train_reference
+from jobs.report import write_report
 
 KEEP_FRACTION = 0.3
 REPORT_EVERY_STEPS = 50
@@ -66,9 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
     print_junk(known.folder / "run", pool)
     print(f"\nThe kept set: {known.folder}/run/shards/*.tar; who is who: {known.folder}/run/selection/selected.parquet")
     print(f"Everything else: {known.folder}/run (tables, drops, manifests, README.md)")
+    runs = [known.folder / "run"]
     if not known.no_race:
         _say(f"\n5/5 a race: {known.race_steps} steps on everything, and on what JEST selects from five times as much")
-        race(known.folder, pool, samples=known.samples, num_steps=known.race_steps)
+        runs += race(known.folder, pool, samples=known.samples, num_steps=known.race_steps)
+    again = shlex.join(["python", "-m", "jobs.report", *map(str, runs)])
+    print(f"\nAll of this as one page: {write_report([str(run) for run in runs], Wanted(command=again))}")
     print(f"{time.time() - begun:.0f} s in all")
     return EXIT_OK
 
@@ -94,11 +100,11 @@ def _reference(folder: Path, *, num_pairs: int, num_steps: int) -> Path:
     return checkpoint
 
 
-def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> None:
-    """Train a learner by each method, print what they came to, draw their curves into race.png."""
+def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> list[Path]:
+    """Train a learner by each method, print what they came to, draw their curves into race.png; the runs' folders."""
     held_out = write_held_out(folder / "held_out.tar")
     mismatched = write_mismatched(pool, folder / "mismatched.parquet")
-    curves = []
+    curves, runs = [], []
     print(f"\n  {'':<10}{'R@1 held out':>14}{'mismatched':>12}{'loaded':>10}{'trained':>10}{'seconds':>9}")
     for method in ("uniform", "jest"):
         recipe = race_recipe(
@@ -113,7 +119,8 @@ def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> None:
         summary = train(recipe)
         if summary.failures:
             raise RuntimeError(f"{method}: {summary.failures[0]}")
-        noted = Path(recipe.output) / "train"
+        runs.append(Path(recipe.output))
+        noted = runs[-1] / "train"
         curves.append(Curve(method, [pq.read_table(noted / "evaluations.parquet")], {}))
         share = float(np.mean(pq.read_table(noted / "steps.parquet")["junk_share"].to_numpy()))
         print(
@@ -123,6 +130,7 @@ def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> None:
     with open(folder / "race.png", "wb") as file:
         draw(curves, metric=METRIC, title="held-out retrieval, mean R@1 of both directions", file=file)
     print(f"\nThe race's curves on four axes: {folder}/race.png; each step: {folder}/race-*/train/steps.parquet")
+    return runs
 
 
 def junk_shares(run: Path, pool: DemoPool) -> pa.Table:

@@ -8,8 +8,6 @@ off the longest uniform run's curve. Figures are means over seeds with t interva
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from curation.distributed.resources import cluster
 from curation.distributed.train import train
+from curation.numerics.intervals import t_interval
 from curation.recipe import TrainRecipe
 from curation.report.curves import Curve, draw
 from curation.training.flops import TRAINING_PASS, jest_step
@@ -28,8 +27,6 @@ from jobs.benchmarks.tracks import TRACKS, Track
 from jobs.demo_race import FILTER_RATIO, NUM_STEPS
 
 TARGET_STEPS_SHARE, TARGET_POINTS, TARGET_MISMATCHED = 0.25, 0.15, 0.15
-# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def benchmark(*, track: str, seeds: int, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -123,9 +120,7 @@ def _at_equal_seconds(tables: dict[str, list[pa.Table]], seed: int, on: Track) -
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean, and the half width of its 95% t interval; None for a single seed."""
-    n = len(values)
-    half = None if n < 2 else T_95[n - 2] * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": statistics.fmean(values), "half_width": half, "values": list(values)}
+    return {**t_interval(values)._asdict(), "values": list(values)}
 
 
 def show(found: dict[str, Any]) -> str:

@@ -30,6 +30,10 @@ def test_the_demo_ends_with_the_truth_and_a_second_run_decodes_nothing(
         steps = pq.read_table(tmp_path / f"race-{method}-3" / "train" / "steps.parquet")
         assert steps["samples_loaded"].to_pylist()[-1] == loaded and steps["samples_trained"].to_pylist()[-1] == 60
 
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert str(tmp_path / "run" / "report.html") in said and page.count("<svg") > 5
+    assert '<data value="200" data-fact="read" data-run="0">' in page and "Saved against uniform" in page
+
     checkpoint = next(tmp_path.glob("reference-*.pt"))
     trained = checkpoint.stat().st_mtime_ns
     assert demo.main(["--folder", str(tmp_path), *ARGUMENTS]) == 0

@@ -1,0 +1,203 @@
+"""What a run cost, part by part: seconds, device hours, money, energy; and what as much would cost on a larger pool.
+
+Seconds are what the run itself noted, device hours are these times the GPUs (or CPU cores) that were held meanwhile.
+Energy is an estimate, hours times an assumed power, and is called one: no run measures it yet. Money needs a price
+file. What is not known is None, and is told as such, never as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+from pydantic import Field
+
+from curation.data import storage
+from curation.recipe.parts import Part, selector_of
+from curation.report.folder import CurationRun, TrainingRun
+
+POOL_SIZES = (1_000_000, 100_000_000, 5_000_000_000)
+HOUR_S = 3600.0
+SCORING = ("seconds_score", "seconds_select", "seconds_exchange", "seconds_ledger")
+
+
+class Prices(Part):
+    """Prices and powers of one device hour, as a price file has them."""
+
+    currency: str = Field(default="EUR", max_length=8)
+    gpu_hour: float | None = Field(default=None, ge=0)
+    cpu_core_hour: float | None = Field(default=None, ge=0)
+    gpu_watts: float = Field(default=700.0, ge=0)
+    """Assumed draw of a GPU with its share of the node; 700 W is the limit of an H100 or H200 board."""
+    cpu_core_watts: float = Field(default=10.0, ge=0)
+    """Assumed draw of a core of a server with its share of the node."""
+
+    def hour(self, device: str) -> float | None:
+        """Price of a device hour."""
+        return self.gpu_hour if device == "cuda" else self.cpu_core_hour
+
+    def watts(self, device: str) -> float:
+        """Assumed power of a device."""
+        return self.gpu_watts if device == "cuda" else self.cpu_core_watts
+
+
+class Cost(NamedTuple):
+    """One part of a run's cost."""
+
+    part: str
+    device: str
+    """cuda or cpu: whether `device_hours` are of GPUs or of cores."""
+    seconds: float | None
+    """Of the clock; None where the run did not note it."""
+    device_hours: float | None
+    samples: int | None
+    money: float | None
+    kwh: float | None
+    about: str = ""
+
+
+class Estimate(NamedTuple):
+    """What scoring a pool of another size would take at this run's rates."""
+
+    samples: int
+    hours: float
+    device_hours: float
+    money: float | None
+    kwh: float
+    gigabytes: float
+    """Of sample tables."""
+
+
+def read_prices(path: str) -> Prices:
+    """A price file. ValueError that names what does not fit."""
+    try:
+        return Prices.model_validate_json(storage.read_bytes(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no price file: {error}") from error
+
+
+def curation_costs(run: CurationRun, prices: Prices) -> list[Cost]:
+    """Scoring (the pass over the pool, which also fills a reference's cache), selecting, and writing."""
+    embedded_by, compute = run.whole_recipe.get("embedded_by", {}), run.recipe.get("compute", {})
+    device = embedded_by.get("compute.device", "cpu")
+    rates = run.summary.get("images_per_second", {})
+    embedded = sum(run.records[number]["embedded"] for number in run.numbers)
+    held = compute.get("gpus_per_actor", 1.0) if device == "cuda" else compute.get("torch_threads", 1)
+    busy = [run.records[number].get("seconds", {}) for number in run.numbers]
+    actor_s = sum(each.get(name, 0.0) for each in busy for name in ("wait", "forward", "write"))
+    costs = []
+    if embedded:
+        clock = embedded / rates["embed"] if rates.get("embed") else None
+        about = "reading, decoding, embedding and scoring the pool; as a reference's cache, the same pass"
+        costs.append(_cost("scoring", device, clock, actor_s * held / HOUR_S, embedded, prices, about))
+    for part, samples in (("select", embedded), ("write", run.summary.get("selected"))):
+        if samples and rates.get(part):
+            seconds = samples / rates[part]
+            costs.append(
+                _cost(part, "cpu", seconds, seconds / HOUR_S, samples, prices, "on one core of the driver's node")
+            )
+    return costs
+
+
+def training_costs(
+    run: TrainingRun, pool: CurationRun | None, reference: TrainingRun | None, prices: Prices
+) -> list[Cost]:
+    """Reference, cache, waiting, scoring, training, apart; the first two, if the method needs them, are other runs'."""
+    device, held = device_of(run), run.recipe.get("compute", {}).get("workers", 1)
+    if device == "cpu":
+        held *= run.recipe.get("compute", {}).get("torch_threads", 1)
+    costs = []
+    if needs_reference(run):
+        if reference is not None:
+            costs += [_total(reference, prices, "reference", "training it")]
+        else:
+            costs += [
+                _cost(
+                    "reference",
+                    device,
+                    None,
+                    None,
+                    None,
+                    prices,
+                    "came with its weights: what it cost is not known here",
+                )
+            ]
+        if pool is None:
+            costs += [_cost("cache", device, None, None, None, prices, "the curated run was not found")]
+        else:
+            costs += [
+                cost._replace(part="cache", about="embedding the pool with the reference")
+                for cost in curation_costs(pool, prices)[:1]
+            ]
+    loaded, trained = (run.summary.get(name) for name in ("samples_loaded", "samples_trained"))
+    parts = (
+        ("waiting for rows", ("seconds_wait",), loaded),
+        ("scoring and selecting", SCORING, loaded),
+        ("training", ("seconds_step",), trained),
+    )
+    for part, columns, samples in parts:
+        seconds = _sum(run.steps, columns)
+        if seconds is not None:
+            costs.append(_cost(part, device, seconds, seconds * held / HOUR_S, samples, prices, ""))
+    return costs
+
+
+def device_of(run: TrainingRun) -> str:
+    """cuda or cpu, by the recipe; `auto` is what the steps of a run do not tell, and is taken for a GPU."""
+    return "cpu" if run.recipe.get("compute", {}).get("device") == "cpu" else "cuda"
+
+
+def needs_reference(run: TrainingRun) -> bool:
+    """True if the run's method looks at a reference."""
+    return any(
+        name.startswith("reference_") for name in selector_of(run.recipe.get("method", {"name": "uniform"})).needs
+    )
+
+
+def estimates(run: CurationRun, prices: Prices, *, table_bytes_per_row: float) -> list[Estimate]:
+    """POOL_SIZES at the rates of this run's scoring; empty if it scored nothing."""
+    scoring = next((cost for cost in curation_costs(run, prices) if cost.part == "scoring"), None)
+    if scoring is None or not scoring.samples or not scoring.seconds or scoring.device_hours is None:
+        return []
+    found = []
+    for samples in POOL_SIZES:
+        times = samples / scoring.samples
+        found.append(
+            Estimate(
+                samples=samples,
+                hours=scoring.seconds * times / HOUR_S,
+                device_hours=scoring.device_hours * times,
+                money=None if scoring.money is None else scoring.money * times,
+                kwh=(scoring.kwh or 0.0) * times,
+                gigabytes=table_bytes_per_row * samples / 1e9,
+            )
+        )
+    return found
+
+
+def _total(run: TrainingRun, prices: Prices, part: str, about: str) -> Cost:
+    whole = training_costs(run, None, None, prices)
+    seconds, hours = (sum(getattr(cost, name) or 0.0 for cost in whole) for name in ("seconds", "device_hours"))
+    return _cost(part, device_of(run), seconds, hours, run.summary.get("samples_trained"), prices, about)
+
+
+def _cost(
+    part: str,
+    device: str,
+    seconds: float | None,
+    hours: float | None,
+    samples: int | None,
+    prices: Prices,
+    about: str,
+) -> Cost:
+    price = prices.hour(device)
+    money = None if hours is None or price is None else hours * price
+    kwh = None if hours is None else hours * prices.watts(device) / 1000
+    return Cost(part, device, seconds, hours, samples, money, kwh, about)
+
+
+def _sum(steps: pa.Table, columns: Sequence[str]) -> float | None:
+    """The sum of the columns that a log has; None if it has none of them."""
+    there = [name for name in columns if name in steps.column_names]
+    return float(sum(sum(value or 0.0 for value in steps[name].to_pylist()) for name in there)) if there else None

@@ -1,0 +1,301 @@
+"""What the page says of one curated run, computed from its folder; the template only lays it out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from curation.data import manifest, storage, tables
+from curation.data.shards import DROP_REASONS
+from curation.evaluation.correlation import spearman_matrix
+from curation.numerics.intervals import wilson
+from curation.recipe import Embed, Pool, Step, parse_steps
+from curation.report import costs, folder, galleries, thumbnails
+from curation.report.charts import Bars, histogram
+from curation.report.costs import Cost, Estimate, Prices
+from curation.report.folder import CurationRun, StepCount
+from curation.report.galleries import ShownGallery
+from curation.report.scan import DUPLICATE, UNKNOWN, Group, Scan, scan, score_column
+from curation.report.thumbnails import Sample
+
+BINS = 48
+PERCENTILES = (0, 5, 20, 50, 80, 95, 100)
+GROUPS_SHOWN = 10
+MAX_RELIABLE_ROWS = 30
+"""A group of fewer rows has a lift that means little; it is shown paler."""
+
+
+class Stage(NamedTuple):
+    """A bar of the waterfall: `rows` are left after it, `removed` went."""
+
+    name: str
+    kind: str
+    rows: int
+    removed: int
+    about: str
+
+
+class Dropped(NamedTuple):
+    """A drop reason with some of its samples."""
+
+    reason: str
+    about: str
+    count: int
+    samples: list[Sample]
+
+
+class ScoreView(NamedTuple):
+    """A score's histogram and its percentiles, over all rows and over the kept ones."""
+
+    name: str
+    chart: Markup
+    percentiles: list[tuple[int, float, float | None]]
+    known: int
+
+
+class GroupView(NamedTuple):
+    """A group's kept share with its interval, and lift: its kept share over that of all rows."""
+
+    value: str
+    rows: int
+    kept: int
+    share: float
+    low: float
+    high: float
+    lift: float
+
+
+class GroupTable(NamedTuple):
+    """The largest groups of a column, and how many rows are in the others."""
+
+    column: str
+    groups: list[GroupView]
+    num_others: int
+    rows_of_others: int
+
+
+@dataclass(frozen=True)
+class CurationView:
+    """All that is shown of a run."""
+
+    run: CurationRun
+    read: int
+    embedded: int
+    dropped: int
+    selected: int | None
+    waterfall: list[Stage]
+    reasons: list[Dropped]
+    scores: list[ScoreView]
+    sampled: int
+    """Rows that the score figures are of; `embedded` unless the pool is very large."""
+    galleries: list[ShownGallery]
+    groups: list[GroupTable]
+    score_names: list[str]
+    correlation: np.ndarray
+    costs: list[Cost]
+    estimates: list[Estimate]
+    device: str
+    recipe_json: str
+    digests: dict[str, str]
+    command: str
+    warnings: list[str]
+
+    @property
+    def rate(self) -> float | None:
+        """Images a second of the scoring pass."""
+        return self.run.summary.get("images_per_second", {}).get("embed")
+
+
+def curation_view(
+    run: CurationRun,
+    *,
+    prices: Prices,
+    safety: Mapping[str, float],
+    group_by: Sequence[str] = (),
+    beside: Mapping[str, Callable[[int], np.ndarray]] | None = None,
+    with_images: bool = True,
+    max_image_bytes: int,
+) -> CurationView:
+    """Read a run's tables once and say what they hold. ValueError if a column that is asked for is nowhere."""
+    steps = _steps(run)
+    found = scan(run.url, run.numbers, steps=steps, beside=beside, group_by=group_by)
+    dropped = {reason: count for reason, count in found.outcomes.items() if reason in DROP_REASONS}
+    read, kept = sum(found.outcomes.values()), found.outcomes["kept"]
+    selected = run.summary.get("selected")
+    ranked_by = score_column(steps)
+    ranked_by = ranked_by if ranked_by in found.scores else None
+    counts = folder.waterfall(run)
+    planned = galleries.galleries(found, ranked_by=ranked_by, cut=_examples(counts, found)) if with_images else []
+    shown = _samples(run, planned, dropped if with_images else {}, found, ranked_by, safety, max_image_bytes)
+    return CurationView(
+        run=run,
+        read=read,
+        embedded=found.embedded,
+        dropped=sum(dropped.values()),
+        selected=kept if selected is not None else None,
+        waterfall=_waterfall(counts, selected, read=read, dropped=dropped),
+        reasons=_reasons(dropped, found, shown),
+        scores=[_score(name, found, ranked_by, steps) for name in found.scores],
+        sampled=len(found.addresses),
+        galleries=[
+            ShownGallery(g.title, g.about, [[shown[a] for a in group] for group in g.groups], g.kind) for g in planned
+        ],
+        groups=[_group_table(column, rows, found.embedded, kept) for column, rows in _groups(run, found).items()],
+        score_names=list(found.scores),
+        correlation=spearman_matrix(found.scores),
+        costs=costs.curation_costs(run, prices),
+        estimates=costs.estimates(run, prices, table_bytes_per_row=_bytes_per_row(run, read)),
+        device=run.whole_recipe.get("embedded_by", {}).get("compute.device", "cpu"),
+        recipe_json=json.dumps(run.recipe, indent=1, ensure_ascii=False),
+        digests=_digests(run),
+        command=f"python -m jobs.curate {shlex.quote(storage.join(run.url, 'recipe.json'))} --output AGAIN",
+        warnings=_warnings(run, read, kept),
+    )
+
+
+def _steps(run: CurationRun) -> tuple[Step, ...]:
+    return parse_steps(json.dumps(run.recipe.get("selection", [])))
+
+
+def _waterfall(
+    steps: Sequence[StepCount], selected: int | None, *, read: int, dropped: Mapping[str, int]
+) -> list[Stage]:
+    """From all that was read to what was kept. The selection's counts are those that the run itself wrote."""
+    left = read
+    stages = [Stage("read", "read", left, 0, "samples that were begun")]
+    for reason, count in sorted(dropped.items(), key=lambda each: -each[1]):
+        left -= count
+        stages.append(Stage(reason, "dropped", left, count, DROP_REASONS[reason]))
+    for step in steps:
+        removed = step.rows_in - step.rows_out
+        if removed or step.name != DUPLICATE:
+            about = "later copies of a uid" if step.name == DUPLICATE else "left out by the selection"
+            stages.append(Stage(step.name, "cut", step.rows_out, removed, about))
+    if selected is not None:
+        stages.append(Stage("kept", "kept", selected, 0, "the selection"))
+    return stages
+
+
+def _examples(steps: Sequence[StepCount], found: Scan) -> dict[str, list[int]] | None:
+    """Step -> rows that it removed: those that the run noted, or else those that the tables tell; None if neither."""
+    if steps and all(step.examples is not None for step in steps):
+        return {step.name: list(step.examples or ()) for step in steps if step.name != DUPLICATE}
+    if any(found.outcomes[step.name] != step.rows_in - step.rows_out for step in steps):
+        return None
+    return {step.name: found.picks.addresses(step.name, galleries.SHOWN) for step in steps if step.name != DUPLICATE}
+
+
+def _samples(
+    run: CurationRun,
+    planned: Sequence[galleries.Gallery],
+    dropped: Mapping[str, int],
+    found: Scan,
+    ranked_by: str | None,
+    safety: Mapping[str, float],
+    max_bytes: int,
+) -> dict[int, Sample]:
+    pool = Pool.model_validate(run.recipe.get("pool", {}))
+    return thumbnails.samples(
+        run.url,
+        galleries.all_addresses(planned, dropped, found),
+        rules=pool.read_rules(),
+        max_pixels=pool.max_pixels,
+        scores=[name for name in [ranked_by or next(iter(found.scores), None)] if name],
+        safety=safety,
+        max_bytes=max_bytes,
+    )
+
+
+def _reasons(dropped: Mapping[str, int], found: Scan, shown: Mapping[int, Sample]) -> list[Dropped]:
+    return [
+        Dropped(
+            reason, DROP_REASONS[reason], count, [shown[a] for a in galleries.of_reason(found, reason) if a in shown]
+        )
+        for reason, count in sorted(dropped.items(), key=lambda each: -each[1])
+    ]
+
+
+def _score(name: str, found: Scan, ranked_by: str | None, steps: Sequence[Step]) -> ScoreView:
+    """A score's histogram over the rows of the sample, kept ones apart; bins from the least to the greatest value."""
+    values = found.scores[name].astype(float)
+    known = np.isfinite(values)
+    low, high = float(values[known].min()), float(values[known].max())
+    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    of_kept, of_cut = (np.histogram(values[known & mask], edges)[0] for mask in (found.is_kept, ~found.is_kept))
+    cut = float(values[known & found.is_kept].min()) if name == ranked_by and (known & found.is_kept).any() else None
+    chart = histogram(edges, [Bars("kept", "kept", of_kept), Bars("cut", "cut", of_cut)], x_label=name, cut=cut)
+    chosen = values[known & found.is_kept]
+    table = [
+        (q, float(np.percentile(values[known], q)), float(np.percentile(chosen, q)) if len(chosen) else None)
+        for q in PERCENTILES
+    ]
+    return ScoreView(name, chart, table, int(known.sum()))
+
+
+def _groups(run: CurationRun, found: Scan) -> dict[str, list[Group]]:
+    """Column -> its groups: those of the scan, and of the run's own audit the columns that it has besides."""
+    groups = dict(found.groups)
+    for column in dict.fromkeys(group.column for group in folder.audited(run)):
+        if column not in groups and column.removeprefix("json.") not in groups:
+            rows = [Group(g.value or UNKNOWN, g.rows, g.kept) for g in folder.audited(run) if g.column == column]
+            groups[column] = sorted(rows, key=lambda group: -group.rows)
+    return groups
+
+
+def _group_table(column: str, rows: Sequence[Group], embedded: int, kept: int) -> GroupTable:
+    overall = kept / embedded if embedded else 0.0
+    views = []
+    for group in rows[:GROUPS_SHOWN]:
+        share = group.kept / group.rows if group.rows else 0.0
+        low, high = wilson(group.kept, group.rows)
+        views.append(
+            GroupView(group.value, group.rows, group.kept, share, low, high, share / overall if overall else 0.0)
+        )
+    return GroupTable(column, views, len(rows) - len(views), sum(group.rows for group in rows[GROUPS_SHOWN:]))
+
+
+def _bytes_per_row(run: CurationRun, read: int) -> float:
+    """Bytes of a sample table per row, from the first tables."""
+    sizes = [len(storage.read_bytes(tables.url_of(run.url, number))) for number in run.numbers[:4]]
+    rows = sum(run.records[number]["read"] for number in run.numbers[:4])
+    return sum(sizes) / rows if rows else 0.0
+
+
+def _digests(run: CurationRun) -> dict[str, str]:
+    """What the run was made of and what it made, by digests (sha256) that another run can be held against."""
+    found = {
+        "code": run.whole_recipe.get("code", ""),
+        "model weights": str(run.whole_recipe.get("embedded_by", {}).get("embed.weights", "")),
+        "pool (sha256 of the shards' own)": manifest.digest(
+            [shard.sha256 for shard in run.shards if not shard.retired]
+        ),
+    }
+    subset = storage.join(run.url, "selection", "subset.npy")
+    if storage.exists(subset):
+        found["kept set (subset.npy)"] = storage.sha256_of(subset)
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _warnings(run: CurationRun, read: int, kept: int) -> list[str]:
+    """What a reader must know before believing the rest."""
+    found = [f"the run failed: {failure}" for failure in run.summary.get("failures", [])]
+    if not run.summary:
+        found.append("the run has written no account yet: it is under way, or was stopped")
+    else:
+        if run.summary["read"] != read:
+            found.append(
+                f"the tables hold {read:,} samples, the account {run.summary['read']:,}: the pool has changed since"
+            )
+        if run.summary["selected"] not in (None, kept):
+            found.append(f"the tables hold {kept:,} kept samples, the account says {run.summary['selected']:,}")
+    embed = Embed.model_validate(run.recipe.get("embed", {}))
+    if embed.has_random_weights:
+        found.append(f"{embed.model} has random weights, so its scores mean nothing")
+    found += [f"{name}: {count:,}" for name, count in run.summary.get("warnings", {}).items()]
+    return found

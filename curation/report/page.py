@@ -1,0 +1,180 @@
+"""The page: views laid out by a template into one file that asks the network for nothing.
+
+Whatever comes from a pool is text: the template escapes all of it, `plain` takes out what could move the text around
+it, and a content security policy lets the browser run only the one script that is here, and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from curation.data import storage
+from curation.report import charts, folder
+from curation.report.costs import HOUR_S, Prices
+from curation.report.curation_view import CurationView, curation_view
+from curation.report.folder import CurationRun, TrainingRun
+from curation.report.training_view import TrainingView, training_view
+
+MAX_BYTES = 15_000_000
+IMAGE_BYTES = 11_000_000
+"""Of MAX_BYTES, what thumbnails may take, over all runs."""
+MAX_TEXT = 400
+"""Characters of a caption that are shown."""
+SAFETY = {"json.punsafe": 0.5}
+TEMPLATES = Path(__file__).parent / "templates"
+BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the direction of what follows them; marks and right-to-left letters are left as they are."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a report is asked to be."""
+
+    prices: Prices = field(default_factory=Prices)
+    has_prices: bool = False
+    with_images: bool = True
+    safety: Mapping[str, float] = field(default_factory=lambda: dict(SAFETY))
+    group_by: Sequence[str] = ()
+    command: str = ""
+
+
+def report(urls: Sequence[str], wanted: Wanted) -> str:
+    """The report of the runs in these folders, as HTML. ValueError if one holds no run, or a column is not there."""
+    runs = [run for url in urls for run in folder.load(url)]
+    curated = [run for run in runs if isinstance(run, CurationRun)]
+    trained = [run for run in runs if isinstance(run, TrainingRun)]
+    memories = {run.url: memory for run in trained if (memory := folder.remembered(run)) is not None}
+    pools = {run.url: pool for run in trained if (pool := _pool_of(run, curated)) is not None}
+    references = {
+        run.url: found for run in trained if (found := _reference_of(pools.get(run.url), trained)) is not None
+    }
+    views = [
+        curation_view(
+            run,
+            prices=wanted.prices,
+            safety=wanted.safety,
+            group_by=wanted.group_by,
+            beside={
+                f"{_method_of(each)} ({each.label})": memories[each.url].scores_of
+                for each in trained
+                if each.url in memories and pools.get(each.url) is run and _method_of(each) != "uniform"
+            },
+            with_images=wanted.with_images,
+            max_image_bytes=IMAGE_BYTES // max(1, len(curated)),
+        )
+        for run in curated
+    ]
+    training = training_view(trained, pools=pools, references=references, memories=memories, prices=wanted.prices)
+    return render(views, training, wanted)
+
+
+def render(views: Sequence[CurationView], training: TrainingView | None, wanted: Wanted) -> str:
+    """The page of these views. ValueError if it comes out larger than MAX_BYTES."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": plain,
+        "si": charts.number,
+        "hours": hours,
+        "percent": percent,
+        "figure": figure,
+        "lift_bar": lift_bar,
+        "energy": energy,
+    }
+    style, script = ((TEMPLATES / name).read_text() for name in ("page.css", "calculator.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = environment.get_template("page.html").render(
+        views=views,
+        training=training,
+        wanted=wanted,
+        prices=wanted.prices,
+        style=Markup(style),
+        script=Markup(script),
+        script_digest=digest,
+        title=" · ".join([view.run.label for view in views] or ["training"]),
+    )
+    if (size := len(html.encode())) > MAX_BYTES:
+        raise ValueError(
+            f"the report has {size:,} bytes, more than {MAX_BYTES:,}: report fewer runs at a time, or --no-images"
+        )
+    return html
+
+
+def _method_of(run: TrainingRun) -> str:
+    return str(run.recipe.get("method", {}).get("name"))
+
+
+def _pool_of(run: TrainingRun, curated: Sequence[CurationRun]) -> CurationRun | None:
+    """The curated run that was trained on: one of those in the report, or read from where the recipe says it is."""
+    url = run.recipe.get("data", {}).get("run", "")
+    known = next((each for each in curated if each.url == url), None)
+    if known is not None or not url or not storage.exists(storage.join(url, "shards.parquet")):
+        return known
+    return next(each for each in folder.load(url) if isinstance(each, CurationRun))
+
+
+def _reference_of(pool: CurationRun | None, trained: Sequence[TrainingRun]) -> TrainingRun | None:
+    """The run that trained the model which embedded a pool, if its folder is where the checkpoint was taken from."""
+    checkpoint = (pool.recipe.get("embed", {}).get("checkpoint") if pool else None) or ""
+    url = checkpoint.removesuffix("/train/learner.pt")
+    known = next((each for each in trained if each.url == url), None)
+    if known is not None or url == checkpoint or not storage.exists(storage.join(url, "recipe.json")):
+        return known
+    return next((each for each in folder.load(url) if isinstance(each, TrainingRun)), None)
+
+
+def plain(text: Any, most: int = MAX_TEXT) -> str:
+    """Text that stays in its place: control characters and turns of direction are U+FFFD, and it is cut at `most`."""
+    shown = "".join("\ufffd" if _is_control(character) else character for character in str(text)[: most + 1])
+    return shown if len(shown) <= most else shown[:most].rstrip() + "…"
+
+
+def _is_control(character: str) -> bool:
+    return character in BIDI_CONTROLS or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
+
+
+def hours(seconds: float) -> str:
+    """A duration in the unit that suits it: 42 s, 3.1 min, 5.2 h, 12 days."""
+    for unit, length in (("days", 24 * HOUR_S), ("h", HOUR_S), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{charts.number(seconds / length)} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def energy(kwh: float) -> str:
+    """An energy in the unit that suits it: Wh, kWh or MWh."""
+    for unit, size in (("MWh", 1000.0), ("kWh", 1.0)):
+        if kwh >= size:
+            return f"{kwh / size:.3g} {unit}" if kwh < 1000 * size else f"{kwh / size:,.0f} {unit}"
+    return f"{1000 * kwh:.2g} Wh"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.{digits}f}%"
+
+
+def figure(value: float) -> str:
+    """A number in a table: whole ones with separators, others with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def lift_bar(lift: float) -> tuple[str, str]:
+    """Where a bar for a lift begins and how wide it is, in percent: from 1 in the middle, a doubling is a quarter."""
+    reach = 25 * max(-2.0, min(2.0, math.log2(lift)))
+    return f"{50 + min(0.0, reach):.1f}", f"{abs(reach):.1f}"

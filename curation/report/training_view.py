@@ -1,0 +1,177 @@
+"""What the page says of training runs: curves, what the steps were like, who was used how often, what it all cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from curation.numerics.intervals import Interval
+from curation.numerics.quantiles import gini
+from curation.report import costs, training
+from curation.report.charts import Line, line_chart
+from curation.report.costs import Cost, Prices
+from curation.report.curves import AXES
+from curation.report.folder import CurationRun, Remembered, TrainingRun
+from curation.report.training import Arm, Saving
+
+NARROW = 272
+"""Width of a chart that stands with three others in a row."""
+STEP_COLUMNS = (
+    ("junk_share", "known junk among what is trained on", True),
+    ("effective_clusters", "effective clusters in a sub-batch", False),
+    ("duplicate_share", "copies in a sub-batch", True),
+    ("learnability", "learnability of what is trained on", False),
+    ("loss", "training loss", False),
+)
+
+
+class Panel(NamedTuple):
+    """A chart with its heading."""
+
+    title: str
+    chart: Markup
+
+
+class ArmView(NamedTuple):
+    """A row of the table of arms."""
+
+    arm: Arm
+    steps: int
+    loaded: float | None
+    trained: float | None
+    flops: float | None
+    seconds: float | None
+    values: list[tuple[str, Interval | None]]
+
+
+class UsageView(NamedTuple):
+    """How often one arm used its samples, at its first seed."""
+
+    label: str
+    colour: int
+    offered: int
+    used: int
+    uses: int
+    gini: float
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """All that is shown of some training runs."""
+
+    arms: list[ArmView]
+    metric: str | None
+    curves: list[Panel]
+    steps: list[Panel]
+    usage: list[UsageView]
+    usage_chart: Markup
+    savings: list[tuple[Arm, list[Saving]]]
+    costs: list[tuple[Arm, list[Cost]]]
+    recipes: list[tuple[str, str, Mapping[str, Any]]]
+    """Label, recipe as JSON, and all that stands beside it."""
+    commands: list[str]
+
+    @property
+    def has_bands(self) -> bool:
+        """True if some arm has several seeds."""
+        return any(len(row.arm.runs) > 1 for row in self.arms)
+
+
+def training_view(
+    runs: Sequence[TrainingRun],
+    *,
+    pools: Mapping[str, CurationRun],
+    references: Mapping[str, TrainingRun],
+    memories: Mapping[str, Remembered],
+    prices: Prices,
+) -> TrainingView | None:
+    """The view of the runs, None if there are none. The mappings go by the URL of a training run."""
+    if not runs:
+        return None
+    arms = training.arms(runs, pools, references)
+    metrics = training.metrics_of(arms)
+    metric = metrics[0] if metrics else None
+    curves = []
+    for axis, name in AXES.items():
+        chart = (
+            line_chart(
+                training.curve_lines(arms, axis, metric), x_label=name, y_label=metric, as_share=True, width=NARROW
+            )
+            if metric
+            else Markup("")
+        )
+        curves += [Panel(name, chart)] if chart else []
+    steps = []
+    for column, title, as_share in STEP_COLUMNS:
+        chart = line_chart(
+            training.step_lines(arms, column), x_label="samples trained", y_label=title, as_share=as_share
+        )
+        steps += [Panel(title, chart)] if chart else []
+    uniform = next((arm for arm in arms if arm.is_uniform), None)
+    saved = (
+        [(arm, training.savings(arm, uniform, metric)) for arm in arms if arm is not uniform]
+        if uniform and metric
+        else []
+    )
+    usage, lines = _usage(arms, memories)
+    return TrainingView(
+        arms=[_arm_view(arm, metrics) for arm in arms],
+        metric=metric,
+        curves=curves,
+        steps=steps,
+        usage=usage,
+        usage_chart=line_chart(
+            lines, x_label="samples, most used first (%)", y_label="share of all uses", as_share=True
+        ),
+        savings=[(arm, found) for arm, found in saved if found],
+        costs=[(arm, _costs(arm, pools, references, prices)) for arm in arms],
+        recipes=[(run.label, json.dumps(run.recipe, indent=1, ensure_ascii=False), run.whole_recipe) for run in runs],
+        commands=[f"python -m jobs.train {run.url}/recipe.json --output AGAIN" for run in runs],
+    )
+
+
+def _arm_view(arm: Arm, metrics: Sequence[str]) -> ArmView:
+    table = arm.runs[0].steps
+    totals = {name: training.last_of(table, name) for name in AXES}
+    return ArmView(
+        arm,
+        len(table),
+        totals["samples_loaded"],
+        totals["samples_trained"],
+        totals["flops"],
+        totals["seconds"],
+        [(metric, arm.last(metric)) for metric in metrics],
+    )
+
+
+def _usage(arms: Sequence[Arm], memories: Mapping[str, Remembered]) -> tuple[list[UsageView], list[Line]]:
+    found, lines = [], []
+    for arm in arms:
+        memory = memories.get(arm.runs[0].url)
+        if memory is None or not memory.usage[1:].sum():
+            continue
+        samples, uses = training.lorenz(memory.usage)
+        lines.append(Line(arm.label, 100 * samples, uses, arm.colour))
+        found.append(
+            UsageView(
+                arm.label,
+                arm.colour,
+                offered=int(memory.usage.sum()),
+                used=int(memory.usage[1:].sum()),
+                uses=int((memory.usage * np.arange(len(memory.usage))).sum()),
+                gini=gini(memory.usage),
+            )
+        )
+    return found, lines
+
+
+def _costs(
+    arm: Arm, pools: Mapping[str, CurationRun], references: Mapping[str, TrainingRun], prices: Prices
+) -> list[Cost]:
+    run = arm.runs[0]
+    return costs.training_costs(run, pools.get(run.url), references.get(run.url), prices)

@@ -1,0 +1,73 @@
+"""`python -m jobs.evaluate correlation SEED [SEED ...]`: do the scores of a pool's samples agree? (study X-1)
+
+A SEED is RUN, or RUN+TRAINING+...: a run of `jobs.curate` with its scores, and runs of `jobs.train` on it, whose
+ledgers hold what their methods scored last. Prints Spearman's rank correlation of every pair, the mean over the seeds
+with its 95% t interval, and writes it as JSON.
+
+Exit code 0: it is done. 2: a seed is none, or there are not two scores that all of them have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from curation.data import storage
+from curation.report.agreement import Agreement, agreement
+from jobs.benchmarks.pairs import provenance
+from jobs.command import EXIT_OK, EXIT_USAGE
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m jobs.evaluate correlation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("seeds", nargs="+", metavar="SEED", help="RUN, or RUN+TRAINING+TRAINING")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go")
+    known = parser.parse_args(arguments)
+    try:
+        found = agreement(known.seeds)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    for line in lines(found):
+        print(line)
+    if known.json:
+        storage.write_bytes(known.json, (json.dumps(figures(found), indent=1) + "\n").encode())
+    return EXIT_OK
+
+
+def lines(found: Agreement) -> list[str]:
+    """Every pair with its correlation, the strongest first."""
+    size = len(found.scores)
+    pairs = [
+        (cell, found.scores[i], found.scores[j])
+        for i in range(size)
+        for j in range(i + 1, size)
+        if (cell := found.pairs[i][j])
+    ]
+    said = [f"Spearman's rank correlation over {len(found.matrices)} seeds, 95% t intervals"]
+    for cell, one, other in sorted(pairs, key=lambda pair: -abs(pair[0].mean)):
+        half = "" if cell.half_width is None else f" ± {cell.half_width:.3f}"
+        said.append(f"  {cell.mean:+.3f}{half:<10}  {one} and {other}")
+    return said + ([f"not in every seed: {', '.join(found.left_out)}"] if found.left_out else [])
+
+
+def figures(found: Agreement) -> dict[str, Any]:
+    """What the JSON holds."""
+    return {
+        **provenance(),
+        "study": "correlation",
+        "scores": found.scores,
+        "seeds": len(found.matrices),
+        "spearman": [[cell and cell._asdict() for cell in row] for row in found.pairs],
+        "by_seed": [[[round(value, 6) for value in row] for row in matrix.tolist()] for matrix in found.matrices],
+        "left_out": found.left_out,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The page: its numbers are the tables', and nothing that a pool holds can act on it, or be fetched by it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from curation.report import page, thumbnails
+from curation.report.costs import Prices
+from curation.report.page import Wanted, plain, report
+from jobs import report as job
+from tests.report.conftest import Row
+
+LOADING = {"src", "srcset", "poster", "data", "action", "formaction", "background", "ping", "manifest", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: facts, tags with their attributes, text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html = html
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.facts: dict[tuple[str, str], str] = {}
+        self.texts: list[str] = []
+        self.savings: dict[str, float] = {}
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.tags.append((tag, named))
+        if "data-fact" in named:
+            self.facts[named.get("data-run") or f"arm{named.get('data-arm')}", named["data-fact"]] = named["value"]
+        if "data-saving" in named:
+            self.savings[named["data-saving"]] = float(named["value"])
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    def number(self, name: str, run: int = 0) -> int:
+        return int(self.facts[str(run), name])
+
+
+def made(*runs: Path, **wanted) -> Page:
+    return Page(report([str(run) for run in runs], Wanted(**wanted)))
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [row for path in sorted((run / "samples").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def mixed(count: int) -> list[Row]:
+    return [
+        Row(
+            f"caption {place}",
+            {"language": "en" if place % 3 else "vi", "url": f"https://www.host{place % 2}.example/{place}.png"},
+            score=place / 10,
+            broken=place % 7 == 3,
+            size=(20, 16) if place % 2 else (80, 70),
+        )
+        for place in range(count)
+    ]
+
+
+def test_the_pages_numbers_are_those_of_the_tables(write_run) -> None:
+    selection = [{"column": "width", "at_least": 40}, {"method": {"name": "clip_score"}, "keep": 6}]
+    run = write_run("run", [mixed(20), mixed(11)], keep=6, selection=selection)
+    rows, kept = rows_of(run), set(pq.read_table(run / "selection" / "selected.parquet")["address"].to_pylist())
+    shown = made(run)
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert shown.number("read") == len(rows) == 31
+    assert shown.number("kept") == len(kept) == 6
+    assert shown.number("cut") == len(ok) - len(kept)
+    assert shown.number("dropped") == len(rows) - len(ok)
+    for reason, count in Counter(row["reason"] for row in rows if row["reason"]).items():
+        assert shown.number(f"reason:{reason}") == shown.number(f"stage:{reason}") == count
+    for value, count in Counter(row["json.language"] for row in ok).items():
+        assert shown.number(f"rows:language:{value}") == count
+        of_kept = sum(row["json.language"] == value for row in ok if row["address"] in kept)
+        assert shown.number(f"kept:language:{value}") == of_kept
+    for place in (0, 1):
+        mine = [row for row in ok if f"host{place}." in row["json.url"]]
+        assert shown.number(f"rows:domain:host{place}.example") == len(mine)
+    assert shown.number("rows:shorter side:64–127 px") == sum(row["height"] == 70 for row in ok)
+
+
+def test_the_waterfall_is_the_runs_own_account(write_run) -> None:
+    falls = [("duplicate_uid", 10, 9), ("width >= 40", 9, 5), ("clip_score", 5, 3)]
+    shown = made(write_run("run", [[Row(score=place) for place in range(10)]], keep=3, waterfall=falls))
+    stages = {name: shown.number(f"stage:{name}") for name in ("read", *(name for name, _, _ in falls), "kept")}
+    assert stages == {"read": 10, "duplicate_uid": 1, "width >= 40": 4, "clip_score": 2, "kept": 3}
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "</style></script><svg onload=alert(3)>",
+    "{{ 7 * 7 }}{% raw %}",
+    "user\u202egnp.exe\u2066 and on",
+    "صورة لقطة حمراء على سجادة",
+    "a" * 5000,
+    "nul \x00 and bell \x07",
+    "javascript:alert(4) https://evil.example/x.png",
+]
+
+
+def test_hostile_captions_fields_and_keys_are_text(write_run) -> None:
+    rows = [Row(text, {"language": text, "url": text, "domain": text, text[:50]: text}, score=1.0) for text in HOSTILE]
+    run = write_run("run", [rows, rows], keep=len(HOSTILE), name="<script>alert(5)</script>")
+    shown = made(run, group_by=["json.language"])
+    assert shown.count("script") == 1  # the calculator
+    assert not [name for tag, attrs in shown.tags for name in attrs if name.startswith("on")]
+    assert not set("\u202e\u2066\x00\x07") & set(shown.html)
+    assert all(
+        re.search("<script>alert|onerror=alert|onload=alert", text) is None
+        for text in re.findall(r"<[^>]*>", shown.html)
+    )
+    text = "".join(shown.texts)
+    assert "<script>alert(1)</script>" in text and "{{ 7 * 7 }}{% raw %}" in text
+    assert "صورة لقطة حمراء على سجادة" in text
+    assert "a" * 400 + "…" in text and "a" * 401 not in text
+    assert ("div", "auto") in [(tag, attrs.get("dir")) for tag, attrs in shown.tags]
+
+
+def test_the_page_loads_nothing_and_only_its_own_script_may_run(write_run) -> None:
+    shown = made(write_run("run", [mixed(9)], keep=3))
+    assert shown.count("link") == shown.count("iframe") == shown.count("object") == 0
+    for _, attrs in shown.tags:
+        for name in LOADING & attrs.keys():
+            assert (attrs[name] or "").startswith("data:image/webp;base64,"), attrs
+        if "href" in attrs:
+            assert (attrs["href"] or "").startswith("#")
+    style = shown.html.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+    policy = next(attrs["content"] for tag, attrs in shown.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    script = shown.html.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy is not None and "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+
+
+@pytest.mark.parametrize(
+    ("shards", "keep"),
+    [
+        pytest.param([[Row(), Row()]], 0, id="nothing kept"),
+        pytest.param([[Row()]], 1, id="one sample"),
+        pytest.param([[Row(broken=True)]], 0, id="all dropped"),
+        pytest.param([[]], 0, id="an empty shard"),
+        pytest.param([], 0, id="no shard"),
+    ],
+)
+def test_a_run_of_nearly_nothing_has_a_report(write_run, shards, keep) -> None:
+    shown = made(write_run("run", shards, keep=keep))
+    assert shown.number("read") == sum(map(len, shards)) and shown.number("kept") == keep
+    assert "NaN" not in shown.html and "nan" not in re.findall(r'(?:points|d|x|y|cx|cy)="([^"]*)"', shown.html)
+
+
+def test_a_run_that_was_stopped_before_its_account_says_so(write_run) -> None:
+    run = write_run("run", [[Row(), Row()]])
+    for name in ("summary.json", "selection/selected.parquet"):
+        (run / name).unlink()
+    shown = made(run)
+    assert shown.number("read") == 2 and "written no account yet" in shown.html
+
+
+def test_unsafe_pictures_are_veiled_until_clicked(write_run) -> None:
+    rows = [Row(f"caption {place}", {"punsafe": place / 10}, score=1.0) for place in range(10)]
+    run = write_run("run", [rows], keep=10)
+    veiled = [tag for tag, attrs in made(run).tags if attrs.get("class") == "veil"]
+    shown = made(run, safety={"json.punsafe": 0.95})
+    assert veiled and not [tag for tag, attrs in shown.tags if attrs.get("class") == "veil"]
+    assert shown.count("img") == made(run).count("img")
+
+
+def test_a_page_to_pass_on_has_neither_pictures_nor_captions(write_run) -> None:
+    rows = [Row(f"a private caption {place}", score=1.0) for place in range(5)]
+    shown = made(write_run("run", [[*rows, Row("a broken one", broken=True)]], keep=2), with_images=False)
+    assert shown.count("img") == 0 and "private caption" not in shown.html and "a broken one" not in shown.html
+    assert shown.number("reason:image:unrecognized") == 1 and shown.number("kept") == 2
+
+
+def test_two_runs_stand_side_by_side(write_run) -> None:
+    shown = made(write_run("a", [mixed(5)], keep=1), write_run("b", [mixed(9)], keep=3))
+    assert [shown.number("read", place) for place in (0, 1)] == [5, 9]
+    assert [shown.number("kept", place) for place in (0, 1)] == [1, 3]
+
+
+def test_a_training_run_beside_its_pool(write_run, write_training) -> None:
+    pool = write_run("pool", [[Row(score=place / 10) for place in range(6)]], keep=2)
+    uniform = write_training("uniform", [0.1, 0.2, 0.4, 0.4])
+    jest = write_training(
+        "jest", [0.2, 0.4, 0.6, 0.8], method="jest", ratio=0.5, data_run=pool, usage=[3, 0, 1, 0, 0, 0]
+    )
+    shown = made(pool, uniform, jest)
+    assert shown.facts["arm0", "mean_r1"] == "0.8"  # the last arm's
+    # uniform first comes to its last value, 0.4, after 30 rows; JEST after 20, of 40 that it loaded.
+    assert shown.savings["samples_trained"] == pytest.approx(1 - 20 / 30)
+    assert shown.savings["samples_loaded"] == pytest.approx(1 - 40 / 30)
+    # Its cache is counted: 6 images at 100 a second.
+    assert shown.savings["seconds"] == pytest.approx(1 - (4 + 0.06) / 6)
+    assert "used at least once" in shown.html and "2 (33%)" in shown.html
+    assert "jest (" in shown.html  # its scores stand among the pool's
+
+
+def test_training_alone_and_a_failed_one_have_a_report(write_training) -> None:
+    run = write_training("uniform", [0.1])
+    shown = made(run)
+    assert "Held-out mean_r1" in shown.html and not shown.savings
+    (run / "train" / "evaluations.parquet").unlink()
+    (run / "train" / "steps.parquet").unlink()
+    assert "Arms" in made(run).html
+
+
+def test_the_size_is_limited(write_run, monkeypatch) -> None:
+    run = write_run("run", [mixed(30)], keep=9)
+    whole = made(run)
+    assert len(whole.html.encode()) < page.MAX_BYTES
+    monkeypatch.setattr(page, "IMAGE_BYTES", 3_000)
+    less = made(run)
+    assert 0 < less.count("img") < whole.count("img") and "the page is full" in less.html
+    monkeypatch.setattr(page, "MAX_BYTES", 10_000)
+    with pytest.raises(ValueError, match="more than 10,000: report fewer runs at a time, or --no-images"):
+        made(run)
+
+
+def test_money_comes_from_the_price_file_and_is_left_out_without_one(write_run, tmp_path) -> None:
+    run = write_run("run", [mixed(5)], keep=1)
+    assert ">EUR<" not in made(run).html
+    shown = made(run, prices=Prices(currency="CHF", cpu_core_hour=3600.0), has_prices=True)
+    # One shard kept its actor busy for 1 + 2.5 + 0.5 s, at 1 CHF a second.
+    assert ">CHF<" in shown.html and ">4<" in shown.html
+
+
+def test_text_stays_in_its_place() -> None:
+    assert plain("a\u202eb\x1bc\nd") == "a\ufffdb\ufffdc\nd"
+    assert plain("x" * 10, 4) == "xxxx…"
+    assert plain("\u200fא\u0301") == "\u200fא\u0301"
+
+
+def test_the_command_writes_the_page_into_the_run(write_run, tmp_path, capsys) -> None:
+    run = write_run("run", [mixed(5)], keep=1)
+    assert job.main([str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert Page((run / "report.html").read_text()).number("read") == 5
+    assert job.main([str(tmp_path)]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+    assert job.main([str(run), "--by", "json.colour"]) == 2
+    assert "no table has such a column" in capsys.readouterr().err
+    (tmp_path / "prices.json").write_text(json.dumps({"gpu_hour": -1}))
+    assert job.main([str(run), "--prices", str(tmp_path / "prices.json")]) == 2
+    assert "is no price file" in capsys.readouterr().err
+
+
+def test_a_thumbnail_is_never_the_pools_own_bytes(write_run) -> None:
+    shown = made(write_run("run", [mixed(3)], keep=3))
+    data = [base64.b64decode((attrs["src"] or "").partition(",")[2]) for tag, attrs in shown.tags if tag == "img"]
+    assert data and all(each[:4] == b"RIFF" and each[8:12] == b"WEBP" for each in data)
+    assert thumbnails.SIDE < 200
