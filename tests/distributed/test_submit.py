@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -23,6 +24,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from curation.distributed.metrics import METRICS, exported
 
 pytestmark = pytest.mark.slow
 
@@ -100,12 +103,17 @@ class Head:
         except OSError:
             return False
 
-    def ask(self, path: str, *, token: str | None = None, method: str = "GET") -> Any:
-        """What the API answers, as JSON."""
-        headers = {"Authorization": f"Bearer {self._token if token is None else token}"}
+    def ask(self, path: str, *, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
+        """What the API answers, as JSON; with our token, unless other headers are given."""
+        headers = {"Authorization": f"Bearer {self._token}"} if headers is None else headers
         request = urllib.request.Request(f"{self._address}/{path}", headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
+
+    def scraped(self) -> set[str]:
+        """Names of the metrics on Ray's metrics port, which asks for no token."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60) as answer:
+            return set(re.findall(r"^([a-z]\w+)", answer.read().decode(), re.MULTILINE))
 
     def submit(self, name: str, *entrypoint: str, runtime_env: dict[str, Any] | None = None) -> None:
         """`ray job submit --working-dir . -- python -m ...`; does not wait for the end."""
@@ -191,7 +199,9 @@ def committed(root: Path) -> dict[str, int]:
 
 def test_without_the_token_the_jobs_api_refuses(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        head.ask("api/jobs/", token="guessed")
+        head.ask("api/jobs/", headers={})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        head.ask("api/jobs/", headers={"Authorization": f"Bearer {secrets.token_hex(32)}"})
 
 
 def test_a_wrong_recipe_is_exit_code_2_and_its_error_is_in_the_logs(head: Head) -> None:
@@ -246,3 +256,15 @@ def test_a_stopped_training_saves_a_checkpoint_and_the_next_one_goes_on_from_the
     assert f"{done} steps done before" in head.logs("train-2")
     assert pq.read_table(trained / "steps.parquet")["step"].to_pylist() == list(range(1, STEPS + 1))
     assert (trained / "learner.pt").exists()
+
+
+def test_what_is_scraped_has_the_names_that_dashboards_use(head: Head, pool: Path) -> None:
+    """Rank 0 of a training run lives long enough to be scraped; Ray exports about every ten seconds."""
+    words = [word.replace("trained", "scraped") for word in train_words(pool)]
+    words[words.index("--train.num-steps") + 1] = "100000"
+    head.submit("train-3", *words)
+    wanted = {exported(name) for name, metric in METRICS.items() if name.startswith(("curation_train", "curation_led"))}
+    wanted -= {exported("curation_train_junk_share")}  # only where the truth is known
+    head.wait_in("train-3", lambda: wanted <= head.scraped())
+    head.stop("train-3")
+    assert head.ended("train-3")["status"] == "STOPPED"
