@@ -1,13 +1,15 @@
 """What the jobs' command lines share: a recipe by name, its fields as flags, errors in one line, exit codes that tell.
 
 Exit code 0: all is well. 1: the run failed, and says why; what it committed stays, and the same command goes on from
-there. 2: the command or the recipe is wrong. 3: another run holds the output.
+there. 2: the command or the recipe is wrong. 3: another run holds the output. 4: the run was stopped before its end, by
+--max-hours or SIGTERM; the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -18,17 +20,19 @@ import tyro
 
 from curation.data.lease import OutputInUse
 from curation.distributed.pipeline import ActorsFailed
+from curation.distributed.stopping import Interrupted, Stop
 from curation.distributed.train import TrainFailed
 from curation.recipe.parts import Part
+from jobs import log
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE, EXIT_STOPPED = 0, 1, 2, 3, 4
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Part)
 Recipes = Mapping[str, Callable[[], AnyRecipe]]
 
 
 class Command(NamedTuple):
-    """One job's command line: `python -m jobs.NAME RECIPE [--dry-run] [fields]`."""
+    """One job's command line: `python -m jobs.NAME RECIPE [flags] [fields]`."""
 
     name: str
     doc: str | None
@@ -39,42 +43,59 @@ class Command(NamedTuple):
         *,
         recipes: Recipes[AnyRecipe],
         recipe_type: type[AnyRecipe],
-        job: Callable[[AnyRecipe], int],
+        job: Callable[[AnyRecipe, Stop], int],
         dry_run: Callable[[AnyRecipe], None],
     ) -> int:
         """Read the recipe and run the job; returns the exit code."""
         arguments = sys.argv[1:] if arguments is None else arguments
         program = f"python -m jobs.{self.name}"
-        parser = argparse.ArgumentParser(program, description=self.doc, add_help=False)
+        parser = argparse.ArgumentParser(program, description=self.doc, add_help=False, allow_abbrev=False)
         parser.add_argument("recipe", nargs="?", help=f"{', '.join(recipes)}, or a .json file")
         parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+        parser.add_argument("--max-hours", type=float, help="stop cleanly after so long, with exit code 4")
+        parser.add_argument("--log-json", action="store_true", help="one JSON object a line, with the run's id")
         known, rest = parser.parse_known_args(arguments)
         if known.recipe is None:
             print(
-                f"usage: {program} RECIPE [--dry-run] [fields]\nRECIPE: {', '.join(recipes)}, or a .json file; "
+                f"usage: {program} RECIPE [--dry-run] [--max-hours H] [--log-json] [fields]\n"
+                f"RECIPE: {', '.join(recipes)}, or a .json file; "
                 f"{program} RECIPE --help lists the fields.",
                 file=sys.stderr,
             )
             return EXIT_USAGE
+        log.configure(as_json=known.log_json)
         try:
+            stop = Stop(max_hours=known.max_hours)
             start = load_recipe(known.recipe, recipes=recipes, recipe_type=recipe_type)
             recipe = tyro.cli(recipe_type, prog=f"{program} {known.recipe}", default=start, args=rest)
             if known.dry_run:
                 dry_run(recipe)
                 print("dry run: nothing was touched")
                 return EXIT_OK
-            return job(recipe)
+            return job(recipe, stop)
         except OutputInUse as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_IN_USE
+            return _failed(EXIT_IN_USE, f"error: {error}")
         except ValueError as error:  # pydantic's ValidationError is one
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USAGE
+            return _failed(EXIT_USAGE, f"error: {error}")
+        except Interrupted as error:
+            return _failed(EXIT_STOPPED, f"stopped: {error}. What is committed stays: run again to go on.")
         except (OSError, ActorsFailed, TrainFailed) as error:
-            print(
-                f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on.", file=sys.stderr
-            )
-            return EXIT_FAILED
+            told = f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on."
+            return _failed(EXIT_FAILED, told)
+
+
+def _failed(code: int, message: str) -> int:
+    log.say(message, level=logging.ERROR, exit_code=code)
+    return code
+
+
+def exit_code(failures: list[str], stopped: str | None) -> int:
+    """What a run's account means for the exit code; failures and a stop are said."""
+    for failure in failures:
+        log.say(f"FAILED: {failure}", level=logging.ERROR)
+    if stopped and not failures:
+        log.say(f"stopped: {stopped}. Run again to go on.", level=logging.WARNING)
+    return EXIT_FAILED if failures else EXIT_STOPPED if stopped else EXIT_OK
 
 
 def load_recipe(name: str, *, recipes: Recipes[AnyRecipe], recipe_type: type[AnyRecipe]) -> AnyRecipe:

@@ -1,19 +1,24 @@
 """`python -m jobs.curate RECIPE --pool.shards 'PATTERN' --output DIR`: a pool of shards becomes tables and a kept set.
 
 Exit code 0: every sample that was read is accounted for. 1: the run failed, and says why; what it committed stays, and
-the same command goes on from there. 2: the command or the recipe is wrong. 3: another run holds the output.
+the same command goes on from there. 2: the command or the recipe is wrong. 3: another run holds the output. 4: it was
+stopped by --max-hours or SIGTERM; what it committed stays.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 
 from curation.distributed.audit import warned_groups
 from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
+from curation.distributed.stopping import Stop
 from curation.recipe import CurateRecipe
-from jobs.command import EXIT_FAILED, EXIT_OK, Command
+from jobs import log
+from jobs.command import Command, exit_code
 from jobs.recipes import CURATE
 
 LINE_EVERY_S = 10.0
@@ -31,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
 
-def _curate(recipe: CurateRecipe) -> int:
+def _curate(recipe: CurateRecipe, stop: Stop) -> int:
     if recipe.embed.has_random_weights:
-        print(f"note: {recipe.embed.model} has random weights, so its scores mean nothing", file=sys.stderr)
-    summary = curate(recipe, watch=Progress())
+        log.say(f"note: {recipe.embed.model} has random weights, so its scores mean nothing")
+    summary = curate(recipe, watch=Progress(), stop=stop)
     print_summary(recipe, summary)
-    return EXIT_FAILED if summary.failures else EXIT_OK
+    return exit_code(summary.failures, summary.stopped)
 
 
 class Progress(Watch):
@@ -45,15 +50,16 @@ class Progress(Watch):
     def __init__(self) -> None:
         self._total = self._done = self._images = 0
         self._begun = self._printed = time.time()
-        self._in_place = sys.stderr.isatty()
+        self._in_place = sys.stderr.isatty() and not log.is_json()
 
     def planned(self, plan: Plan) -> None:
         """Say what is ahead."""
         self._total, self._begun = len(plan.todo), time.time()
         there = len(plan.pool) - len(plan.todo)
-        print(f"pool: {len(plan.pool):,} shards, {there:,} committed before, {self._total:,} to do", file=sys.stderr)
+        counts = f"{len(plan.pool):,} shards, {there:,} committed before, {self._total:,} to do"
+        log.say(f"pool: {counts}", shards=len(plan.pool), committed_before=there, todo=self._total)
         for url in plan.absent[:10]:
-            print(f"warning: {url} is named but not there", file=sys.stderr)
+            log.say(f"warning: {url} is named but not there", level=logging.WARNING, url=url)
 
     def committed(self, record: Record) -> None:
         """Count a shard."""
@@ -68,12 +74,14 @@ class Progress(Watch):
                 f"embed: {self._done:,}/{self._total:,} shards, {self._images:,} images, "
                 f"{self._images / seconds:,.0f} images/s, {left:,.0f} s left"
             )
-            end = "\n" if self._done == self._total or not self._in_place else "\r"
-            print(f"{line:<78}", end=end, file=sys.stderr, flush=True)
+            if self._in_place and self._done < self._total:
+                print(f"{line:<78}", end="\r", file=sys.stderr, flush=True)
+            else:
+                log.say(line, done=self._done, total=self._total, images=self._images, seconds=round(seconds, 1))
 
     def stage(self, name: str) -> None:
         """Say which stage begins."""
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        log.say(f"{name} ...", stage=name)
 
 
 def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
@@ -92,7 +100,10 @@ def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
 
 
 def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
-    """The account of a run, as a table; failures last, where they are seen."""
+    """The account of a run, as a table, or as one JSON line."""
+    if log.is_json():
+        log.say("summary", **asdict(summary))
+        return
     rows = [("read", summary.read), ("embedded", summary.embedded)]
     rows += [(f"dropped {reason}", count) for reason, count in summary.dropped.items()]
     rows += [("selected", summary.selected)] if summary.selected is not None else []
@@ -108,9 +119,7 @@ def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
     if summary.waterfall:
         print_waterfall(summary)
         print_audit(recipe.output)
-    for failure in summary.failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    if not summary.failures:
+    if not summary.failures and not summary.stopped:
         print(f"\n{recipe.output}: selection/ has the kept set, samples/ the tables, README.md the card")
 
 

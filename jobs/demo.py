@@ -25,7 +25,7 @@ from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select
 from curation.report.curves import Curve, draw
 from curation.report.page import Wanted
 from curation.training.step import StepReport
-from jobs.command import EXIT_FAILED, EXIT_OK
+from jobs.command import EXIT_OK, exit_code
 from jobs.curate import Progress, print_summary
 from jobs.demo_pool import DemoPool, make_pool
 from jobs.demo_race import METRIC, SUB_BATCH, race_recipe, write_held_out, write_mismatched
@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     summary = curate(recipe, watch=Progress())
     print_summary(recipe, summary)
-    if summary.failures:
-        return EXIT_FAILED
+    if code := exit_code(summary.failures, summary.stopped):
+        return code
     _say("4/5 the truth about the pool, and about what was kept")
     print_junk(known.folder / "run", pool)
     print(f"\nThe kept set: {known.folder}/run/shards/*.tar; who is who: {known.folder}/run/selection/selected.parquet")

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from curation.distributed.columns import ColumnsSummary, add_columns, checked
+from curation.distributed.stopping import Stop
 from curation.recipe import TrainRecipe
 from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe
-from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command
+from jobs import log
+from jobs.command import EXIT_USAGE, Command, exit_code
 from jobs.recipes import EMBEDDINGS, FEATURES, QUALITY, REFERENCE
 from jobs.train import print_plan, run_training
 
@@ -67,13 +69,13 @@ KINDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _fit_reference(recipe: TrainRecipe) -> int:
+def _fit_reference(recipe: TrainRecipe, stop: Stop) -> int:
     if recipe.method != {"name": "uniform"} or recipe.train.filter_ratio:
         raise ValueError(
             f"a reference is trained on every row: method must be uniform and train.filter_ratio 0, got "
             f"{recipe.method['name']} and {recipe.train.filter_ratio}"
         )
-    code = run_training(recipe)
+    code = run_training(recipe, stop)
     if not code:
         print(
             f"Next: python -m jobs.curate RECIPE --embed.model {recipe.learner.model} "
@@ -87,18 +89,18 @@ def _check(recipe: ColumnsRecipe) -> None:
     print(f"column {recipe.column!r} of {checked(recipe).run}")
 
 
-def _add_columns(recipe: ColumnsRecipe) -> int:
+def _add_columns(recipe: ColumnsRecipe, stop: Stop) -> int:
     done = 0
 
     def told(record: dict[str, Any]) -> None:
         nonlocal done
         done += 1
         said = record.get("pending") or f"{record['made']:,} rows in {record['seconds']:.1f} s"
-        print(f"{done:>6}  {record['url']}  {said}", file=sys.stderr)
+        log.say(f"{done:>6}  {record['url']}  {said}", done=done, url=record["url"])
 
-    summary = add_columns(recipe, watch=told)
+    summary = add_columns(recipe, watch=told, stop=stop)
     _print(recipe, summary)
-    return EXIT_FAILED if summary.failures else EXIT_OK
+    return exit_code(summary.failures, summary.stopped)
 
 
 def _print(recipe: ColumnsRecipe, summary: ColumnsSummary) -> None:
@@ -108,8 +110,6 @@ def _print(recipe: ColumnsRecipe, summary: ColumnsSummary) -> None:
     )
     if summary.missing:
         print(f"{summary.missing:,} rows have no value: their image can no longer be decoded")
-    for failure in summary.failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Thresho
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
+from curation.recipe.nightly import NightlyRecipe
 from curation.recipe.train import Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -84,6 +85,14 @@ CURATE: dict[str, Callable[[], CurateRecipe]] = {
     recipe.__name__: recipe for recipe in (debug, small, medium, large, laion, basic)
 }
 """Recipes of `jobs.curate`, by name."""
+
+
+def _nightly(recipe: Callable[[], CurateRecipe]) -> Callable[[], NightlyRecipe]:
+    return lambda: NightlyRecipe(curate=recipe())
+
+
+NIGHTLY: dict[str, Callable[[], NightlyRecipe]] = {name: _nightly(recipe) for name, recipe in CURATE.items()}
+"""Recipes of `jobs.nightly`, by name."""
 
 
 def debug_train() -> TrainRecipe:

@@ -4,17 +4,21 @@ RUN is the folder of a `jobs.curate` run, whose embeddings are the reference. Th
 `--method '{"name": "uniform"}' --train.filter-ratio 0` trains on everything, as a rival.
 
 Exit code 0: all steps are done. 1: the run failed, and says why; the same command goes on from its last checkpoint. 2:
-the command or the recipe is wrong. 3: another run holds the output.
+the command or the recipe is wrong. 3: another run holds the output. 4: it was stopped by --max-hours or SIGTERM, after
+a checkpoint; the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
+from curation.distributed.stopping import Stop
 from curation.distributed.train import TrainSummary, TrainWatch, check, train
 from curation.recipe import TrainRecipe
-from jobs.command import EXIT_FAILED, EXIT_OK, Command
+from jobs import log
+from jobs.command import Command, exit_code
 from jobs.recipes import TRAIN
 
 
@@ -25,28 +29,30 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
 
-def run_training(recipe: TrainRecipe) -> int:
+def run_training(recipe: TrainRecipe, stop: Stop) -> int:
     """Train, with a line now and then; returns the exit code."""
-    summary = train(recipe, watch=TrainProgress())
+    summary = train(recipe, watch=TrainProgress(), stop=stop)
     print_summary(recipe, summary)
-    return EXIT_FAILED if summary.failures else EXIT_OK
+    return exit_code(summary.failures, summary.stopped)
 
 
 class TrainProgress(TrainWatch):
     """A line now and then that says how far the run is: renewed in place on a terminal."""
 
     def __init__(self) -> None:
-        self._in_place = sys.stderr.isatty()
+        self._in_place = sys.stderr.isatty() and not log.is_json()
         self._num_steps = 0
 
     def planned(self, recipe: TrainRecipe, *, rows: int, done: int) -> None:
         """Say what is ahead."""
         self._num_steps = recipe.train.num_steps
         train = recipe.train
-        print(
+        log.say(
             f"{recipe.method['name']}: {train.num_steps:,} steps on {train.sub_batch:,} of {train.super_batch:,} rows, "
             f"{rows:,} in the pool, {recipe.compute.workers} workers; {done:,} steps done before",
-            file=sys.stderr,
+            steps=train.num_steps,
+            done_before=done,
+            rows=rows,
         )
 
     def progress(self, noted: dict[str, Any]) -> None:
@@ -54,8 +60,10 @@ class TrainProgress(TrainWatch):
         step = noted["step"]
         left = (self._num_steps - step) * noted["step_seconds"]
         line = f"step {step:,}/{self._num_steps:,}, loss {noted['loss']:.3f}, {noted['step_seconds']:.2f} s a step, "
-        end = "\r" if self._in_place else "\n"
-        print(f"{line + f'{left:,.0f} s left':<78}", end=end, file=sys.stderr, flush=True)
+        if self._in_place:
+            print(f"{line + f'{left:,.0f} s left':<78}", end="\r", file=sys.stderr, flush=True)
+        else:
+            log.say(line + f"{left:,.0f} s left", **noted)
 
 
 def print_plan(recipe: TrainRecipe) -> None:
@@ -65,7 +73,10 @@ def print_plan(recipe: TrainRecipe) -> None:
 
 
 def print_summary(recipe: TrainRecipe, summary: TrainSummary) -> None:
-    """The account of a run; failures last, where they are seen."""
+    """The account of a run, as a table, or as one JSON line."""
+    if log.is_json():
+        log.say("summary", **asdict(summary))
+        return
     rows: list[tuple[str, Any]] = [
         ("steps", summary.steps),
         ("samples loaded", summary.samples_loaded),
@@ -81,9 +92,7 @@ def print_summary(recipe: TrainRecipe, summary: TrainSummary) -> None:
     print()
     for name, value in rows:
         print(f"  {name:<{width}}  {value:>18,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")
-    for failure in summary.failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    if not summary.failures:
+    if not summary.failures and not summary.stopped:
         print(f"\n{recipe.output}/train: learner.pt has the weights, steps.parquet and evaluations.parquet the log")
 
 

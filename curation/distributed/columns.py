@@ -6,9 +6,10 @@ counted. Nothing that `jobs.curate` committed is touched or embedded again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from curation.data.shards import ReadRules
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.shard_pool import records_of
+from curation.distributed.stopping import Stop
 from curation.models.clip import Precision, load_towers, weights_digest
 from curation.models.frozen import frozen_digest, load_frozen
 from curation.numerics.contrastive import cosine
@@ -218,16 +220,20 @@ class ColumnsSummary(NamedTuple):
     missing: int
     seconds: float
     failures: list[str]
+    stopped: str | None
+    """Why the run ended before its work was done."""
 
 
-def add_columns(recipe: ColumnsRecipe, *, watch: Callable[[dict[str, Any]], None] = lambda _: None) -> ColumnsSummary:
+def add_columns(
+    recipe: ColumnsRecipe, *, watch: Callable[[dict[str, Any]], None] = lambda _: None, stop: Stop | None = None
+) -> ColumnsSummary:
     """Make what is not made yet. ValueError or OtherRun if the recipe cannot run, OutputInUse if the run is held."""
-    begun = time.time()
+    begun, stop = time.time(), stop or Stop()
     recipe = checked(recipe)
     with Lease(recipe.run):
         embedded = manifest.committed(recipe.run, EMBED_STAGE)
         shards = [shard for shard in shard_list.load(recipe.run) if shard.number in embedded and not shard.retired]
-        with cluster(num_cpus=cpus_wanted(recipe.compute)):
+        with cluster(num_cpus=cpus_wanted(recipe.compute)), stop.on_sigterm(interrupts=True):
             placement = place(recipe.compute, precision="auto")
             spec = _spec(recipe, placement)
             made = manifest.committed(recipe.run, tables.piece_stage(recipe.column))
@@ -236,13 +242,16 @@ def add_columns(recipe: ColumnsRecipe, *, watch: Callable[[dict[str, Any]], None
                 manifest.check_same(record["made_by"], as_now, what=f"the column {recipe.column!r} of shard {number}")
             todo = [(shard, embedded[shard.number]["key"]) for shard in shards if shard.number not in made]
             failures, now = [], 0
-            for record in _pool(todo, spec, placement):
-                watch(record)
-                if "pending" in record:
-                    failures.append(f"shard {record['url']} is pending, run again to read it: {record['pending']}")
-                else:
-                    made.add(record["shard"], record)
-                    now += 1
+            with contextlib.closing(_pool(todo, spec, placement)) as records:
+                for record in records:
+                    watch(record)
+                    if "pending" in record:
+                        failures.append(f"shard {record['url']} is pending, run again to read it: {record['pending']}")
+                    else:
+                        made.add(record["shard"], record)
+                        now += 1
+                    if stop.reason:
+                        break
     return ColumnsSummary(
         shards=len(shards),
         made_now=now,
@@ -250,6 +259,7 @@ def add_columns(recipe: ColumnsRecipe, *, watch: Callable[[dict[str, Any]], None
         missing=sum(record["missing"] for record in made.values()),
         seconds=round(time.time() - begun, 3),
         failures=failures,
+        stopped=stop.reason if now + len(failures) < len(todo) else None,
     )
 
 
@@ -303,6 +313,8 @@ def _weights_digest(recipe: ColumnsRecipe) -> str:
     return weights_digest(recipe.weights.model, **recipe.weights.source())
 
 
-def _pool(todo: list[tuple[Shard, str]], spec: ColumnsSpec, placement: Placement) -> Iterator[dict[str, Any]]:
+def _pool(
+    todo: list[tuple[Shard, str]], spec: ColumnsSpec, placement: Placement
+) -> Generator[dict[str, Any], None, None]:
     rows = [pa.table({"number": [shard.number], "url": [shard.url], "samples": [key]}) for shard, key in todo]
     return records_of(ShardColumns, spec, rows, placement, calls_at_a_time=1)

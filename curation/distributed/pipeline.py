@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,9 +32,11 @@ from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.guards import guards
 from curation.distributed.made_columns import make_columns
+from curation.distributed.metrics import RunMetrics
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
+from curation.distributed.stopping import Stop
 from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
 from curation.models.clip import load_fast_resize, weights_digest
@@ -91,6 +94,8 @@ class Summary:
     decoded_now: int = 0
     """Images that this run decoded: 0 when all was committed before."""
     failures: list[str] = field(default_factory=list)
+    stopped: str | None = None
+    """Why the run ended before its work was done, without fault; nothing was selected then."""
     format_version: int = FORMAT_VERSION
 
 
@@ -123,20 +128,24 @@ def make_plan(recipe: CurateRecipe) -> Plan:
     return Plan(listed, shards, shard_list.present(shards, listed), committed)
 
 
-def curate(recipe: CurateRecipe, *, watch: Watch | None = None) -> Summary:
-    """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse if another run holds the output."""
-    begun, watch = time.time(), watch or Watch()
+def curate(recipe: CurateRecipe, *, watch: Watch | None = None, stop: Stop | None = None) -> Summary:
+    """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse if another run holds the output.
+
+    Asked to stop, it ends after its next commit; by SIGTERM at once, with Interrupted.
+    """
+    begun, watch, stop = time.time(), watch or Watch(), stop or Stop()
     recipe = _resolved(recipe)
-    with Lease(recipe.output):
+    with stop.on_sigterm(interrupts=True), Lease(recipe.output):
         plan = make_plan(recipe)  # what is wrong with the pool is told before Ray starts
-        with cluster(num_cpus=cpus_wanted(recipe.compute)):
-            embedded = _embed(recipe, plan, watch)
+        with cluster(num_cpus=cpus_wanted(recipe.compute)), stop.on_sigterm(interrupts=True):
+            embedded = _embed(recipe, plan, watch, stop)
             summary = _account(embedded, plan)
             _write_drops(recipe.output, embedded)
             failures = _failures(summary, embedded.pending, max_drop_fraction=recipe.max_drop_fraction)
-            if not failures:
+            stopped = stop.reason if len(embedded.now) + len(embedded.pending) < len(plan.todo) else None
+            if not failures and not stopped:
                 summary = _select_and_write(recipe, embedded, summary, watch)
-        summary = _replaced(summary, seconds=round(time.time() - begun, 3), failures=failures)
+        summary = _replaced(summary, seconds=round(time.time() - begun, 3), failures=failures, stopped=stopped)
         storage.write_bytes(storage.join(recipe.output, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
     return summary
 
@@ -162,7 +171,7 @@ class _Embedded(NamedTuple):
     placement: Placement
 
 
-def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
+def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embedded:
     compute = recipe.compute.model_copy(update={"device": "cpu"}) if recipe.embed.cached else recipe.compute
     placement = place(compute, precision=recipe.embed.precision)
     spec = _embed_spec(recipe, placement)
@@ -178,15 +187,21 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
     manifest.index(recipe.output, EMBED_STAGE, pieces)
     now: list[int] = []
     pending: dict[str, str] = {}
-    for record in embed_shards(plan.todo, spec, placement):
-        watch.committed(record)
-        if "pending" in record:
-            pending[record["url"]] = record["pending"]
-        else:
-            now.append(record["shard"])
-            pieces.add(record["shard"], {name: value for name, value in record.items() if name != "batch_ends"})
-            if len(now) % SHARDS_PER_WAVE == 0:
-                manifest.index(recipe.output, EMBED_STAGE, pieces)
+    metrics = RunMetrics(recipe.output)
+    metrics.actors(placement.actors)
+    with contextlib.closing(embed_shards(plan.todo, spec, placement)) as records:
+        for record in records:
+            watch.committed(record)
+            metrics.embedding(record)
+            if "pending" in record:
+                pending[record["url"]] = record["pending"]
+            else:
+                now.append(record["shard"])
+                pieces.add(record["shard"], {name: value for name, value in record.items() if name != "batch_ends"})
+                if len(now) % SHARDS_PER_WAVE == 0:
+                    manifest.index(recipe.output, EMBED_STAGE, pieces)
+            if stop.reason:
+                break
     seconds = time.time() - begun
     manifest.index(recipe.output, EMBED_STAGE, pieces)
     shard_list.save(recipe.output, [_with_content(shard, pieces) for shard in plan.shards])
@@ -194,7 +209,9 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
     return _Embedded(pieces, pool, now, pending, seconds, spec, placement)
 
 
-def embed_shards(todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement) -> Iterator[Record]:
+def embed_shards(
+    todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement
+) -> Generator[Record, None, None]:
     """Embed and commit the shards on a pool of actors; their records, as they are done. ActorsFailed if they cannot."""
     for at in range(0, len(todo), SHARDS_PER_WAVE):
         wave = todo[at : at + SHARDS_PER_WAVE]

@@ -8,17 +8,20 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 
 from curation.models.clip import Precision
 from curation.recipe import Compute
 
 NO_PROGRESS_TIMEOUT_S = 600
+GROWTH_POLL_S = 2.0
 
 
 class Placement(NamedTuple):
@@ -106,9 +109,39 @@ def _quieten() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
+def grown(bundle: dict[str, float], count: int, *, wait_s: float) -> dict[str, float]:
+    """The cluster's resources; with `wait_s`, once they hold `count` bundles, or that time is over.
+
+    The autoscaler is asked for the bundles beside what the cluster does already. What it adds stays for its idle time
+    at least, so the request is taken back as soon as it is met.
+    """
+    resources, until = ray.cluster_resources(), time.monotonic() + wait_s
+    wanted = {name: value * count for name, value in bundle.items()}
+
+    def lacks() -> bool:
+        return any(resources.get(name, 0.0) < value for name, value in wanted.items())
+
+    if not wait_s or not lacks():
+        return resources
+    request_resources(bundles=[bundle] * count)
+    try:
+        while lacks() and time.monotonic() < until:
+            time.sleep(GROWTH_POLL_S)
+            resources = ray.cluster_resources()
+    finally:
+        request_resources(bundles=[])
+    return resources
+
+
 def place(compute: Compute, *, precision: Precision | Literal["auto"]) -> Placement:
     """Actors for the connected cluster. ValueError if it lacks a GPU that is asked for, or enough for all."""
-    resources = ray.cluster_resources()
+    staged = float(compute.mode == "staged")
+    if compute.device == "cuda":
+        bundle = {"GPU": compute.gpus_per_actor, "CPU": staged}
+    else:
+        bundle = {"CPU": compute.torch_threads + staged}
+    bundle = {name: value for name, value in bundle.items() if value}
+    resources = grown(bundle, compute.actors or 1, wait_s=compute.wait_for_nodes_s)
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cuda":

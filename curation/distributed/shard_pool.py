@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from curation.distributed.resources import Placement
 
 def records_of(
     actor: type, spec: Any, rows: Sequence[pa.Table], placement: Placement, *, calls_at_a_time: int
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """What `actor(spec)` answers to each row, `{"record": [JSON]}`, as they come; no row, no actor.
 
     The driver handles few big blocks, and a retry redoes one shard. With several calls at a time the actor is called

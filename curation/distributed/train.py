@@ -31,7 +31,9 @@ from curation.data.offered import OfferedShard
 from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles, start_ledger
 from curation.distributed.ledger_client import LedgerClient
-from curation.distributed.resources import cluster
+from curation.distributed.notices import note_url
+from curation.distributed.resources import cluster, grown
+from curation.distributed.stopping import Stop
 from curation.distributed.train_loop import LEDGER, LoopSpec, alignment_url, progress_url, train_loop
 from curation.distributed.train_plan import TrainPlan, checked, commit_to, pool_url, resolved
 from curation.ledger import LedgerSpec, gini
@@ -41,6 +43,7 @@ from curation.recipe import TrainRecipe
 CHECKPOINTS_KEPT = 2
 REPORT_POLL_S = "0.2"
 PROGRESS_EVERY_S = 2.0
+STOP_POLL_S = 0.2
 
 
 class TrainFailed(RuntimeError):
@@ -68,6 +71,8 @@ class TrainSummary:
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """What makes the result doubtful though all went well, such as a reference that does not fit the learner."""
+    stopped: str | None = None
+    """Why the run ended before its last step, without fault, after a checkpoint."""
     format_version: int = FORMAT_VERSION
 
 
@@ -81,14 +86,14 @@ class TrainWatch:
         """What rank 0 noted last."""
 
 
-def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None) -> TrainSummary:
+def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None, stop: Stop | None = None) -> TrainSummary:
     """Run a recipe. ValueError or OtherRun if it cannot run as it is, OutputInUse, TrainFailed if it does not end well.
 
-    A run that is done is not done again.
+    A run that is done is not done again. Asked to stop, it saves a checkpoint and ends.
     """
-    watch = watch or TrainWatch()
+    watch, stop = watch or TrainWatch(), stop or Stop()
     recipe = resolved(recipe)
-    with Lease(recipe.output):
+    with stop.on_sigterm(interrupts=True), Lease(recipe.output):
         plan = checked(recipe)
         commit_to(recipe, plan)
         if finished := _finished(recipe):
@@ -96,8 +101,12 @@ def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None) -> TrainSumma
         shards = offered.load(pool_url(recipe))
         watch.planned(recipe, rows=sum(shard.offered for shard in shards), done=_steps_done(recipe))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_POLL_S)
-        with cluster(num_cpus=recipe.compute.workers * recipe.compute.feed_actors):
-            summary = _run(recipe, plan, shards, watch)
+        storage.delete(note_url(recipe.output))
+        with (
+            cluster(num_cpus=recipe.compute.workers * recipe.compute.feed_actors),
+            stop.on_sigterm(interrupts=False),
+        ):
+            summary = _run(recipe, plan, shards, watch, stop)
         storage.write_bytes(_summary_url(recipe), json.dumps(dataclasses.asdict(summary), indent=1).encode())
     return summary
 
@@ -107,8 +116,10 @@ def check(recipe: TrainRecipe) -> int:
     return sum(shard.offered for shard in checked(resolved(recipe)).shards)
 
 
-def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch: TrainWatch) -> TrainSummary:
-    """Workers and ledger, until the last step. TrainFailed if they give up."""
+def _run(
+    recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch: TrainWatch, stop: Stop
+) -> TrainSummary:
+    """Workers and ledger, until the last step or a stop. TrainFailed if they give up."""
     begun = time.time()
     device = _device(recipe)
     kept = recipe.ledger
@@ -151,7 +162,7 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
         ),
     )
     try:
-        with _watched(recipe, watch):
+        with _watched(recipe, watch, stop):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         storage.write_bytes(storage.join(recipe.output, "train", "error.txt"), _whole_story(error).encode())
@@ -159,7 +170,7 @@ def _run(recipe: TrainRecipe, plan: TrainPlan, shards: list[OfferedShard], watch
     finally:
         remembered = _remembered(ledger)
         ledger.close()
-    return _account(recipe, shards, result, remembered, seconds=time.time() - begun)
+    return _account(recipe, shards, result, remembered, seconds=time.time() - begun, stopped=stop.reason)
 
 
 def _remembered(ledger: LedgerHandles) -> dict[str, Any]:
@@ -177,8 +188,10 @@ def _remembered(ledger: LedgerHandles) -> dict[str, Any]:
 
 def _device(recipe: TrainRecipe) -> str:
     """cuda or cpu. ValueError if the cluster lacks the GPUs that the recipe asks for."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    device = recipe.compute.device if recipe.compute.device != "auto" else ("cuda" if gpus else "cpu")
+    compute = recipe.compute
+    bundle = {"CPU": float(compute.feed_actors), **({"GPU": 1.0} if compute.device == "cuda" else {})}
+    gpus = int(grown(bundle, compute.workers, wait_s=compute.wait_for_nodes_s).get("GPU", 0))
+    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cuda" and gpus < recipe.compute.workers:
         raise ValueError(f"compute.workers={recipe.compute.workers} need a GPU each, the cluster has {gpus}")
     return device
@@ -192,13 +205,20 @@ def _shard_sizes(shards: list[OfferedShard]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _watched(recipe: TrainRecipe, watch: TrainWatch) -> Iterator[None]:
-    """Tells `watch` what rank 0 notes, from a thread, for as long as the block runs."""
+def _watched(recipe: TrainRecipe, watch: TrainWatch, stop: Stop) -> Iterator[None]:
+    """Tells `watch` what rank 0 notes, and the workers to end, from a thread, for as long as the block runs."""
     url, over = progress_url(recipe.output), threading.Event()
 
     def look() -> None:
-        seen = None
-        while not over.wait(PROGRESS_EVERY_S):
+        seen, asked, next_look = None, False, 0.0
+        while not over.wait(STOP_POLL_S):
+            if stop.reason and not asked:
+                with contextlib.suppress(OSError):  # asked again at the next look
+                    storage.write_bytes(note_url(recipe.output), stop.reason.encode())
+                    asked = True
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + PROGRESS_EVERY_S
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being replaced: the next look tells
                 noted = json.loads(storage.read_bytes(url))
                 if noted != seen:
@@ -230,14 +250,21 @@ def cause_of(error: Exception) -> str:
 
 
 def _account(
-    recipe: TrainRecipe, shards: list[OfferedShard], result: Any, ledger: dict[str, Any], *, seconds: float
+    recipe: TrainRecipe,
+    shards: list[OfferedShard],
+    result: Any,
+    ledger: dict[str, Any],
+    *,
+    seconds: float,
+    stopped: str | None,
 ) -> TrainSummary:
     steps = step_log.merge(recipe.output, "steps")
     evaluations = step_log.merge(recipe.output, "evaluations")
     done = steps["step"].to_pylist()[-1] if len(steps) else 0
-    failures = _failures(recipe, done)
+    failures = _failures(recipe, done, stopped)
     last = (evaluations if len(evaluations) else steps).to_pylist()[-1:]
-    if not failures and result.checkpoint is not None:
+    is_done = done == recipe.train.num_steps
+    if is_done and result.checkpoint is not None:
         _save_learner(recipe, result.checkpoint)
     return TrainSummary(
         steps=done,
@@ -252,6 +279,7 @@ def _account(
         weights=learner_url(recipe.output),
         failures=failures,
         warnings=_warnings(recipe),
+        stopped=None if is_done or failures else stopped,
     )
 
 
@@ -262,12 +290,14 @@ def _warnings(recipe: TrainRecipe) -> list[str]:
     return [complaint] if complaint else []
 
 
-def _failures(recipe: TrainRecipe, done: int) -> list[str]:
-    """What stopped the run before its last step; an account of it is in train/failure/."""
+def _failures(recipe: TrainRecipe, done: int, stopped: str | None) -> list[str]:
+    """What ended the run before its last step, if nobody asked for it; an account of it is in train/failure/."""
     if done == recipe.train.num_steps:
         return []
     folder = storage.join(recipe.output, "train", "failure")
     told = [manifest.read(storage.join(folder, name)) for name in storage.names_in(folder) if name.endswith(".json")]
+    if stopped and not told:
+        return []
     first = sorted(told, key=lambda failure: (failure["rows"] == [], failure["rank"]))[:1]
     return [
         f"step {failure['step']}, rank {failure['rank']}: {failure['why']}. The batch's addresses are in "

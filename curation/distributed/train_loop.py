@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from curation.columns import LEDGER_COLUMNS
 from curation.data import offered, score_log, step_log, storage
+from curation.data.event_files import write_events
 from curation.data.offered import Rounds
 from curation.data.score_log import LoggedStep, ScoreLog
 from curation.data.step_log import Row
@@ -35,6 +36,8 @@ from curation.distributed.feed import Block, FeedSpec, Share, blocks
 from curation.distributed.learners import LearnerSpec, build_learner, load_evaluation
 from curation.distributed.ledger_actor import LedgerHandles
 from curation.distributed.ledger_client import LedgerClient
+from curation.distributed.metrics import RunMetrics
+from curation.distributed.notices import Notice, Notices
 from curation.numerics.sampling import uid_words
 from curation.recipe import TrainRecipe
 from curation.selector import Rows
@@ -78,7 +81,7 @@ def alignment_url(output: str) -> str:
 
 
 def train_loop(told: dict[str, Any]) -> None:
-    """Run one worker from the newest checkpoint to the last step. `told` is {"spec": LoopSpec}."""
+    """Run one worker from the newest checkpoint to the last step, or to a notice's. `told` is {"spec": LoopSpec}."""
     spec: LoopSpec = told["spec"]
     torch.set_num_threads(spec.recipe.compute.torch_threads)
     worker = _Worker(spec)
@@ -89,8 +92,10 @@ def train_loop(told: dict[str, Any]) -> None:
         done = number + 1
         if done == num_steps or _is_due(done, spec.recipe.evaluate.every_steps):
             worker.evaluate(done)
-        if done == num_steps or _is_due(done, every):
+        if done == num_steps or _is_due(done, every) or worker.notice in (Notice.SAVE, Notice.END):
             worker.checkpoint(done)
+        if worker.notice is Notice.END:
+            break
     worker.close()
 
 
@@ -112,6 +117,9 @@ class _Worker:
             weight_decay=recipe.train.weight_decay,
             betas=(0.9, recipe.train.beta2),
         )
+        self._notices = Notices(recipe.output)
+        self.notice = Notice.GO_ON
+        """What is to be done after the last step that was taken."""
         self._position = Position(0, None)
         self._totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
         if newest := ray.train.get_checkpoint():
@@ -135,6 +143,7 @@ class _Worker:
         self._centroids: torch.Tensor | None = None
         self._flops_per_step: float | None = None
         self._next_progress = 0.0
+        self._metrics = RunMetrics(self._output)
 
     def feed(self) -> Iterator[tuple[int, Block]]:
         """The steps that are left, each with this rank's rows."""
@@ -188,12 +197,16 @@ class _Worker:
             self._ledger.record(LEDGER, addresses.numpy(), values.numpy(), step=number, used=outcome.trained.numpy())
             if self._score_log is not None:
                 self._score_log.add(_logged(number + 1, rows, outcome))
-        self._note(number, rows, outcome, watch.seconds)
+        says, num_bad = self._agreed(rows)
+        self.notice = self._notices.heard(says)
+        self._note(number, rows, outcome, watch.seconds, num_bad=num_bad)
         if self._steps:
             seconds = self._waited + time.perf_counter() - begun
             self._totals["seconds"] += seconds
             self._steps[-1] |= {"seconds": self._totals["seconds"], "step_seconds": seconds}
             self._tell_progress()
+            train = self._spec.recipe.train
+            self._metrics.step(self._steps[-1], loaded=train.super_batch, trained=train.sub_batch)
         return True
 
     def evaluate(self, done: int) -> None:
@@ -217,8 +230,9 @@ class _Worker:
             ray.train.report({"step": done}, checkpoint=None, checkpoint_dir_name=tag)
             return
         self._ledger.snapshot(tag)
-        step_log.write_part(self._output, "steps", self._steps)
-        step_log.write_part(self._output, "evaluations", self._evaluations)
+        for name, rows in (("steps", self._steps), ("evaluations", self._evaluations)):
+            step_log.write_part(self._output, name, rows)
+            write_events(self._output, name, rows)
         last = {"step": done, "loss": self._steps[-1]["loss"] if self._steps else None}
         self._steps, self._evaluations = [], []
         with tempfile.TemporaryDirectory() as folder:
@@ -268,11 +282,17 @@ class _Worker:
         columns = self._ledger.read(LEDGER, addresses.numpy())
         return {name: torch.from_numpy(column.astype(np.float32)) for name, column in columns.items()}
 
-    def _note(self, number: int, rows: Rows, outcome: Outcome, seconds: dict[str, float]) -> None:
+    def _agreed(self, rows: Rows) -> tuple[Notice, int]:
+        """Rank 0's word after this step, and how many rows could not be decoded on all ranks. Collective."""
+        says = self._notices.rank_0_says() if self._rank == 0 else Notice.GO_ON
+        mine = torch.tensor([[says, int((~rows["ok"]).sum())]], device=self._trainer.device)
+        told_W2 = gather(mine)
+        return Notice(int(told_W2[0, 0])), int(told_W2[:, 1].sum())
+
+    def _note(self, number: int, rows: Rows, outcome: Outcome, seconds: dict[str, float], *, num_bad: int) -> None:
         """One row of the log, on rank 0. The figures are of the whole step, over all ranks; seconds are rank 0's."""
         train = self._spec.recipe.train
         selected = outcome.chosen.selected
-        num_bad = int(gather((~rows["ok"]).sum().reshape(1).to(self._trainer.device)).sum())
         if self._rank:
             return
         self._totals["samples_loaded"] += train.super_batch

@@ -156,6 +156,9 @@ class Workers(Part):
     """Super-batches ready ahead of the step that trains on them."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before the run gives up."""
+    wait_for_nodes_s: float = Field(default=0.0, ge=0)
+    """On a cluster that grows: ask its autoscaler for what the run needs, and wait so long for it, before it is an
+    error that the cluster has too little."""
 
 
 class Remember(Part):

@@ -1,0 +1,90 @@
+"""Two nights with new shards between them: compared, promoted or held back, and taken back by one command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from curation.data import nights
+from curation.data.drift import QUANTILES
+from curation.distributed.nightly import nightly
+from curation.recipe import Select
+from curation.recipe.nightly import Drift, NightlyRecipe
+from jobs import nightly as job
+
+WriteShard = Callable[..., Path]
+
+
+def language(row: int) -> dict[str, str]:
+    return {"language": "en" if row % 4 else "de"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, recipe_for: Callable[..., Any]) -> NightlyRecipe:
+    loose = Drift(drop_share=1, quantile=10, share=0.3, kept=10, cost=1e9)
+    half = (Select(method={"name": "clip_score"}, keep_fraction=0.5),)
+    curate = recipe_for(str(tmp_path / "pool"), output=tmp_path / "nights", selection=half)
+    return NightlyRecipe(curate=curate, shares=("json.language",), drift=loose)
+
+
+@pytest.mark.slow
+def test_nights_are_compared_promoted_held_back_and_taken_back(
+    ray_session: None,
+    recipe: NightlyRecipe,
+    tmp_path: Path,
+    write_shard: WriteShard,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = str(tmp_path / "nights")
+    write_shard(tmp_path / "pool" / "00000.tar", count=24, seed=1, broken=[3], fields=language)
+    first = nightly(recipe)
+    assert first.name and nights.current(output) == first.name
+    assert (first.against, first.changes) == (None, ())
+
+    # The same pool again: nothing to promote, no other folder.
+    idle = nightly(recipe)
+    assert (idle.name, idle.against) == (None, first.name) and nights.complete(output) == [first.name]
+
+    # A shard like the first one: promoted. Its figures are those of its rows.
+    write_shard(tmp_path / "pool" / "00001.tar", count=24, seed=2, broken=[5, 6], fields=language)
+    second = nightly(recipe)
+    assert second.name and second.against == first.name and second.held_back == ()
+    assert nights.current(output) == second.name
+    told = nights.read(output, second.name)
+    groups = told["groups"]
+    assert [groups[group]["rows"] for group in ("pool", "new", "kept")] == [45, 22, 22]
+    assert (groups["new"]["read"], sum(groups["new"]["dropped"].values())) == (24, 2)
+    assert groups["pool"]["shares"]["json.language"] == {"de": 12, "en": 33}
+    table = pq.read_table(tmp_path / "nights" / "run" / "samples" / "00000001.parquet")
+    scores = np.array([score for score in table["clip_score"].to_pylist() if score is not None], np.float32)
+    assert groups["new"]["quantiles"]["clip_score"] == np.quantile(scores, QUANTILES, method="inverted_cdf").tolist()
+    [reason] = groups["new"]["dropped"]
+    [drop] = [change for change in second.changes if change.name == f"new: dropped {reason}"]
+    assert (drop.then, drop.now) == (1 / 24, 2 / 24)
+
+    # A shard in another language: written, and held back.
+    write_shard(tmp_path / "pool" / "00002.tar", count=24, seed=3, fields=lambda row: {"language": "vi"})
+    third = nightly(recipe)
+    # 24 of the pool's 69 rows moved (0.348), all of the new ones (1.0); of the kept ones, as the scores have it.
+    held = {change.name: change.distance for change in third.held_back}
+    assert held["new: json.language"] == 1.0 and held["pool: json.language"] == pytest.approx(24 / 69)
+    assert nights.current(output) == second.name and third.name in nights.complete(output)
+
+    # By hand: promoted after all, and taken back, each by one command.
+    assert third.name and job.main(["--promote", third.name, output]) == 0
+    assert nights.current(output) == third.name
+    assert job.main(["--rollback", output]) == 0 and nights.current(output) == second.name
+    assert job.main(["--rollback", output]) == 0 and nights.current(output) == first.name
+    assert job.main(["--rollback", output]) == 2
+    assert "no night was promoted before" in capsys.readouterr().err
+    subset = json.loads((tmp_path / "nights" / "nights" / first.name / "summary.json").read_text())
+    assert (
+        subset["selected"]
+        == pq.read_metadata(tmp_path / "nights" / "nights" / first.name / "selection" / "selected.parquet").num_rows
+    )
