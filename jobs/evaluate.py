@@ -18,6 +18,7 @@ from typing import Any
 from curation.data import storage
 from curation.distributed.arms import columns_of
 from curation.distributed.diffusion_study import samples_of, study_diffusion
+from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run, judge_subsets, table_of
 from curation.recipe.evaluate import DiffusionRecipe, Judged, SubsetRecipe
 from curation.report.samples_page import page
@@ -55,7 +56,7 @@ def _check(recipe: Judged) -> None:
     print(f"arms {', '.join(recipe.arms)} of {checked_run(recipe.run)}; of the pool are read: {', '.join(needed)}")
 
 
-def _judge_subsets(recipe: SubsetRecipe) -> int:
+def _judge_subsets(recipe: SubsetRecipe, stop: Stop) -> int:
     study = judge_subsets(recipe)
     _say(study.overlap, study.warnings)
     print(f"features {study.features}, {study.rows:,} rows an arm, mean and deviation over {recipe.seeds} seeds")
@@ -63,7 +64,7 @@ def _judge_subsets(recipe: SubsetRecipe) -> int:
     return EXIT_OK
 
 
-def _study_diffusion(recipe: DiffusionRecipe) -> int:
+def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
     study = study_diffusion(recipe)
     _say(study.overlap, study.warnings)
     note = f"features {study.features}; {study.samples:,} samples a model; mean and deviation over {recipe.seeds} seeds"

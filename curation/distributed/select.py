@@ -121,7 +121,7 @@ def select(
             test = _test_of(step)
         now = Decided(test, of_step, sampling.KEEP_ALL)
         if isinstance(test, Select):
-            now = now._replace(cut=_find_cut(step, output, groups, [*decided, now], rows))
+            now = now._replace(cut=_find_cut(test, output, groups, [*decided, now], rows))
         decided = [*decided, now]
         removed = tally(output, groups, decided, RemovedRows())
         rows_in, rows = rows, removed.rows if removed else 0
@@ -340,8 +340,10 @@ def _stages(table: pa.Table, decided: Sequence[Decided]) -> np.ndarray:
     """Which rows are left after each of the S steps, (S + 1, n) bool; the first are all."""
     alive = np.ones((len(decided) + 1, table.num_rows), dtype=bool)
     for place, now in enumerate(decided):
-        is_selector = isinstance(now.step, Select)
-        passes = sampling.kept(now.cut, *_bits_and_ties(table, now)) if is_selector else now.step.passes(table)
+        if isinstance(now.step, Select):
+            passes = sampling.kept(now.cut, *_bits_and_ties(table, now))
+        else:
+            passes = now.step.passes(table)
         alive[place + 1] = alive[place] & passes
     return alive
 
