@@ -146,7 +146,7 @@ def test_copies_of_an_evaluation_set_are_cut_exact_ones_and_near_ones(
     named = {name: before - after for name, before, after in summary.waterfall}
     assert named["copy in flowers"] == 11 and named[f"near copy in flowers (cosine >= {threshold:g})"] == near.sum()
     # Another threshold reads the same columns.
-    monkeypatch.setattr(stored_columns, "ordered", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(stored_columns, "_make", lambda *_: pytest.fail("made again"))
     assert again(base, decontaminate=Decontaminate(sets=sets, near=None)).selected == 58 - 11
     with pytest.raises(ValueError, match="is no run of jobs.curate"):
         again(base, decontaminate=Decontaminate(sets={"flowers": str(tmp_path)}))
