@@ -6,7 +6,7 @@ import pytest
 from curation.columns import FORMAT_VERSION
 from curation.recipe import CurateRecipe, Select, Threshold, TrainRecipe
 from jobs.command import load_recipe
-from jobs.recipes import CURATE, TRAIN
+from jobs.recipes import CURATE, TRAIN, straw_men
 
 load = partial(load_recipe, recipes=CURATE, recipe_type=CurateRecipe)
 load_train = partial(load_recipe, recipes=TRAIN, recipe_type=TrainRecipe)
@@ -48,7 +48,8 @@ def test_a_runs_own_recipe_json_runs_it_again(tmp_path):
     [
         (
             "smal",
-            r"no recipe 'smal': known are debug, small, medium, large, laion, basic, or a \.json file; did you mean 'small'\?",
+            r"no recipe 'smal': known are debug, small, medium, large, laion, basic, or a \.json file; "
+            r"did you mean 'small'\?",
         ),
         ("zzz", r"no recipe 'zzz': known are .* \.json file$"),
         ("absent.json", r"no recipe 'absent\.json': known are"),
