@@ -382,6 +382,11 @@ class TestEmbeddedBy:
         made_by = [recipe.embedded_by(**RESOLVED, metadata_digest=digest) for digest in ("aa", "bb", None)]
         assert [fields.get("pool.metadata") for fields in made_by] == ["aa", "bb", None]
 
+    def test_it_changes_with_the_lists_that_are_applied_at_read(self):
+        digests = ("aa", "bb", None)
+        made_by = [CurateRecipe().embedded_by(**RESOLVED, exclude_digest=digest) for digest in digests]
+        assert [fields.get("exclude.at_read") for fields in made_by] == ["aa", "bb", None]
+
     def test_of_cached_embeddings_their_layout_and_the_pool_count_and_no_model(self):
         recipe = CurateRecipe(embed=Embed(cached="datacomp-b32"), write=Write(tars=False))
         made_by = recipe.embedded_by(**RESOLVED)
@@ -394,6 +399,10 @@ class TestEmbeddedBy:
         [
             ({}, "holds no images to write: add --write.no-tars"),
             ({"write": Write(tars=False), "pool": Pool(metadata="/m")}, "is metadata itself"),
+            (
+                {"write": Write(tars=False), "exclude": (Exclude(name="a", files="b", at_read=True),)},
+                "exclude.at_read is for shards of images",
+            ),
         ],
     )
     def test_cached_embeddings_go_with_neither_tars_nor_joined_metadata(self, fields, message):
