@@ -15,8 +15,23 @@ from curation import methods
 from curation.columns import FORMAT_VERSION
 from curation.data.cached_embeddings import LAYOUTS
 from curation.data.shards import ReadRules
-from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write, parse_steps
+from curation.recipe import (
+    Audit,
+    Balance,
+    Compute,
+    CurateRecipe,
+    Embed,
+    Group,
+    OneOf,
+    Pool,
+    Select,
+    Threshold,
+    Write,
+    parse_steps,
+)
 from curation.recipe.curate import CachedLayout
+from curation.recipe.guards import Decontaminate, Exclude, Holdout
+from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
 
 CLIP = {"name": "clip_score"}
 FILLED = CurateRecipe(
@@ -30,7 +45,19 @@ FILLED = CurateRecipe(
         Select(method=CLIP, keep_fraction=0.0, ties="datacomp"),
         Select(method={"name": "uniform"}, keep=0),
         Select(method=CLIP, min_score=-1.0),
+        OneOf(column="language.label", one_of=("en", "de"), nulls="keep"),
+        Balance(balance="url_domain", quotas={"a.org": 3}, others="keep"),
+        Balance(balance="clip_score", edges=(0.0, 0.5), cap=0, nulls="keep"),
     ),
+    columns=(
+        Language(make="language", model="/lid.ftz"),
+        EmbeddingHead(make="embedding_head", name="nsfw", checkpoint="/h.pth", layout="nsfw"),
+        Clusters(make="clusters", name="like", num_clusters=3, target="/t", seed=1),
+    ),
+    exclude=(Exclude(name="opt-out", files="/a.txt", by="url"),),
+    holdout=Holdout(parts={"test": (0.0, 0.5)}, keep="test", seed=3, by="sha256"),
+    decontaminate=Decontaminate(sets={"flickr": "/f"}, near=None),
+    audit=Audit(groups=(Group(column="clip_score", edges=(0.1,)),), warn_lift=3.0, min_rows=1, max_groups=2),
     write=Write(tars=False, samples_per_shard=1),
     output="memory://out",
     seed=2**62,
@@ -355,6 +382,11 @@ class TestEmbeddedBy:
         made_by = [recipe.embedded_by(**RESOLVED, metadata_digest=digest) for digest in ("aa", "bb", None)]
         assert [fields.get("pool.metadata") for fields in made_by] == ["aa", "bb", None]
 
+    def test_it_changes_with_the_lists_that_are_applied_at_read(self):
+        digests = ("aa", "bb", None)
+        made_by = [CurateRecipe().embedded_by(**RESOLVED, exclude_digest=digest) for digest in digests]
+        assert [fields.get("exclude.at_read") for fields in made_by] == ["aa", "bb", None]
+
     def test_of_cached_embeddings_their_layout_and_the_pool_count_and_no_model(self):
         recipe = CurateRecipe(embed=Embed(cached="datacomp-b32"), write=Write(tars=False))
         made_by = recipe.embedded_by(**RESOLVED)
@@ -367,6 +399,10 @@ class TestEmbeddedBy:
         [
             ({}, "holds no images to write: add --write.no-tars"),
             ({"write": Write(tars=False), "pool": Pool(metadata="/m")}, "a clip-retrieval folder is a pool itself"),
+            (
+                {"write": Write(tars=False), "exclude": (Exclude(name="a", files="b", at_read=True),)},
+                "exclude.at_read is for shards of images",
+            ),
         ],
     )
     def test_cached_embeddings_without_images_go_with_neither_tars_nor_joined_metadata(self, fields, message):

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 
@@ -24,17 +24,17 @@ from curation.data import manifest, storage
 from curation.data.mapped import mapped_arrays
 from curation.data.parquet_columns import as_uid, find_name
 from curation.data.parquet_shards import opened_file
+from curation.data.shards import ListKind
 from curation.data.storage import ListedShard
 from curation.data.uid_sort import comparable
 
-Kind = Literal["uid", "sha256", "url"]
 FOLDER = "lists"
 ENTRIES_AT_A_TIME = 65_536
 ENTRY = np.dtype("S16")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
-def entries_of(values: Sequence[str], kind: Kind) -> np.ndarray:
+def entries_of(values: Sequence[str], kind: ListKind) -> np.ndarray:
     """What a list holds of each value, (n,) S16. ValueError that names the first value which is none of its kind."""
     return np.array([_entry(value, kind) for value in values], ENTRY)
 
@@ -47,7 +47,7 @@ def listed(patterns: str) -> list[ListedShard]:
         raise ValueError(str(error).replace("pool.shards: no shard", "exclude: no file")) from error
 
 
-def build(output: str, files: Sequence[ListedShard], kind: Kind) -> str:
+def build(output: str, files: Sequence[ListedShard], kind: ListKind) -> str:
     """Sort the entries of some files into OUTPUT/lists/DIGEST.npy, if it is not there; returns its URL.
 
     The digest is that of the files' fingerprints, so a list that was edited is another list. ValueError if a file is
@@ -81,7 +81,7 @@ def contains(list_M: np.ndarray, entries_N: np.ndarray) -> np.ndarray:
     return list_M[at] == entries_N
 
 
-def _entry(value: str, kind: Kind) -> bytes:
+def _entry(value: str, kind: ListKind) -> bytes:
     if kind == "uid":
         uid = as_uid(value)
         if uid is None:
@@ -94,7 +94,7 @@ def _entry(value: str, kind: Kind) -> bytes:
     return hashlib.sha256(value.encode("utf-8")).digest()[:16]
 
 
-def _blocks(url: str, kind: Kind) -> Iterator[np.ndarray]:
+def _blocks(url: str, kind: ListKind) -> Iterator[np.ndarray]:
     name = url.partition("?")[0].lower()
     if name.endswith(".npy"):
         yield _from_npy(url)
@@ -127,7 +127,7 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
             yield text
 
 
-def _from_parquet(url: str, kind: Kind) -> Iterable[str]:
+def _from_parquet(url: str, kind: ListKind) -> Iterable[str]:
     with opened_file(url) as parquet:
         name = find_name(parquet.schema_arrow.names, kind)
         if name is None:

@@ -19,7 +19,8 @@ from curation.data import derived_columns
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
 
-URL_COLUMNS = tuple(JSON_PREFIX + name for name in ("url", "URL"))
+URL_FIELDS = ("url", "URL")
+URL_COLUMNS = tuple(JSON_PREFIX + name for name in URL_FIELDS)
 SIZE_EDGES = (64.0, 128.0, 256.0, 512.0, 1024.0)
 
 LABELS: dict[str, tuple[str, ...]] = {

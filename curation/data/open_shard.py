@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from curation.data import metadata, parquet_shards, storage
+import numpy as np
+
+from curation.data import hash_lists, metadata, parquet_shards, storage
+from curation.data.labels import URL_FIELDS
 from curation.data.metadata import Index
 from curation.data.parquet_shards import ParquetReader
-from curation.data.shards import ReadRules, Sample, ShardReader
+from curation.data.shards import ListKind, ReadRules, Sample, ShardReader
 
 
 @contextlib.contextmanager
-def open_shard(url: str, rules: ReadRules) -> Iterator[ShardReader | ParquetReader | Joined]:
+def open_shard(url: str, rules: ReadRules) -> Iterator[ShardReader | ParquetReader | Joined | Excluding]:
     """A reader of the shard's samples. OSError as the store raises it."""
     file = file_of(url)
     with storage.open_read(file) as raw:
         is_parquet = parquet_shards.is_parquet(url)
         reader = (ParquetReader if is_parquet else ShardReader)(raw, url=url, rules=rules)
-        yield reader if rules.metadata is None else Joined(reader, metadata.opened(rules.metadata))
+        joined = reader if rules.metadata is None else Joined(reader, metadata.opened(rules.metadata))
+        yield joined if not rules.exclude else Excluding(joined, rules.exclude)
 
 
 class Joined:
@@ -46,6 +50,42 @@ class Joined:
                 self.warnings["metadata:no_row"] += 1
             own = {name: value for name, value in sample.fields.items() if value is not None}
             yield dataclasses.replace(sample, fields={**sample.fields, **(numbers or {}), **own})
+
+
+class Excluding:
+    """A reader that drops the samples which a list names, before they are decoded, and forgets what they hold."""
+
+    def __init__(self, reader: ShardReader | ParquetReader | Joined, lists: Sequence[tuple[str, ListKind]]) -> None:
+        self._reader = reader
+        self._lists = [(hash_lists.opened(url), kind) for url, kind in lists]
+        self.warnings = reader.warnings
+
+    @property
+    def sha256(self) -> str:
+        """As the reader has it."""
+        return self._reader.sha256
+
+    @property
+    def num_bytes(self) -> int:
+        """As the reader has it."""
+        return self._reader.num_bytes
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self._reader:
+            if any(self._names(list_M, kind, sample) for list_M, kind in self._lists):
+                yield dataclasses.replace(
+                    sample, reason="sample:excluded", image=None, caption=None, fields={}, sha256=None
+                )
+            else:
+                yield sample
+
+    def _names(self, list_M: np.ndarray, kind: ListKind, sample: Sample) -> bool:
+        if kind == "url":
+            values = [sample.fields.get(name) for name in URL_FIELDS]
+        else:
+            values = [sample.uid if kind == "uid" else sample.sha256]
+        entries = hash_lists.entries_of([value for value in values if isinstance(value, str)], kind)
+        return bool(hash_lists.contains(list_M, entries).any())
 
 
 def file_of(url: str) -> str:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.data import derived_columns, hash_lists, labels
-from curation.data.hash_lists import Kind
 from curation.data.json_columns import as_text
 from curation.data.labels import URL_COLUMNS
+from curation.data.shards import ListKind
 from curation.numerics import sampling
 
 Nulls = Literal["drop", "keep"]
@@ -87,7 +87,7 @@ class NotListed:
 
     name: str
     list_url: str
-    kind: Kind
+    kind: ListKind
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeGuard
 
 from curation.addresses import MAX_ROWS_PER_SHARD
 from curation.data.tar import Member, TarReader
@@ -47,6 +47,8 @@ DROP_REASONS: dict[str, str] = {
     "caption:not_utf8": "the caption member is not UTF-8",
     "caption:too_large": "the caption is above max_caption_bytes",
     "caption:empty": "the caption is blank",
+    # Raised by open_shard.py.
+    "sample:excluded": "a list that is applied at read names the sample; nothing of it but uid, key and place is kept",
     # Raised by images.py.
     "image:unrecognized": "no allowed decoder recognises the bytes",
     "image:bad_header": "a decoder recognises the bytes, but not their header",
@@ -93,6 +95,10 @@ _UID = re.compile(r"[0-9a-fA-F]{32}")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+ListKind = Literal["uid", "sha256", "url"]
+"""What an entry of a list names: a sample, its image's bytes, where it came from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadRules:
     """Which members or columns make a sample, and how large they may be.
@@ -110,6 +116,8 @@ class ReadRules:
     """Parquet pools: the column of image bytes; if none is named, `image`, one of image_fields, or image_bytes."""
     metadata: str | None = None
     """URL of an index made by metadata.py; its numbers join the fields of the samples, by uid."""
+    exclude: tuple[tuple[str, ListKind], ...] = ()
+    """Lists made by hash_lists.py, and what their entries name: samples that are dropped unread."""
     max_image_bytes: int = 64 << 20
     max_caption_bytes: int = 64 << 10
     max_json_bytes: int = 1 << 20

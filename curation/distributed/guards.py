@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from curation.data import hash_lists, manifest, row_tests, storage, tables
 from curation.data.mapped import mapped_arrays
 from curation.data.pieces import Record
 from curation.data.row_tests import InPart, NotListed, RowTest, Within
+from curation.data.shards import ListKind
 from curation.distributed import stored_columns
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.tasks import in_groups, ordered
@@ -50,6 +51,19 @@ def guards(recipe: CurateRecipe, samples: Mapping[int, Record], numbers: Sequenc
     if recipe.decontaminate:
         tests += _no_copies(recipe.output, recipe.decontaminate, samples, numbers)
     return tests
+
+
+def lists_at_read(recipe: CurateRecipe) -> Iterator[tuple[str, ListKind]]:
+    """The lists that are applied while shards are read, made if they are not there: where they are, what they name."""
+    for exclude in recipe.exclude:
+        if exclude.at_read:
+            yield hash_lists.build(recipe.output, hash_lists.listed(exclude.files), exclude.by), exclude.by
+
+
+def digest_of_lists(lists: Sequence[tuple[str, ListKind]]) -> str | None:
+    """64 hex digits that name the lists' entries, wherever they came from; None if there are no lists."""
+    entries = sorted((kind, storage.sha256_of(url)) for url, kind in lists)
+    return manifest.digest(entries) if entries else None
 
 
 def _not_listed(output: str, exclude: Exclude) -> RowTest:

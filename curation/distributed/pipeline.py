@@ -30,7 +30,7 @@ from curation.distributed.audit import write_waterfall_and_audit
 from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
 from curation.distributed.embed import STAGE as EMBED_STAGE
-from curation.distributed.guards import guards
+from curation.distributed.guards import digest_of_lists, guards, lists_at_read
 from curation.distributed.made_columns import make_columns
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
@@ -249,6 +249,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | Cache
         return CachedSpec(recipe.output, embed.cached, rules, made_by)
     if embed.resize == "fast":  # a model whose transform it does not know is refused here, not by every actor
         load_fast_resize(embed.model, pretrained=embed.pretrained)
+    rules = dataclasses.replace(rules, exclude=tuple(lists_at_read(recipe)))
     weights = weights_digest(embed.model, pretrained=embed.pretrained, checkpoint=embed.checkpoint, seed=embed.seed)
     return EmbedSpec(
         output=recipe.output,
@@ -270,6 +271,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | Cache
             device=placement.device,
             precision=placement.precision,
             metadata_digest=metadata_digest,
+            exclude_digest=digest_of_lists(rules.exclude),
         ),
     )
 

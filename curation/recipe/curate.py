@@ -247,18 +247,28 @@ class CurateRecipe(WholeRecipe):
     def _tars_need_images(self) -> Self:
         if self.embed.cached and not self.pool.metadata and self.write.tars:
             raise ValueError("a pool of cached embeddings holds no images to write: add --write.no-tars")
+        if self.embed.cached and any(exclude.at_read for exclude in self.exclude):
+            raise ValueError("exclude.at_read is for shards of images: of cached embeddings nothing is decoded")
         if self.embed.cached == "clip-retrieval" and self.pool.metadata:
             raise ValueError("a clip-retrieval folder is a pool itself: its metadata have no uid to join images by")
         return self
 
     def embedded_by(
-        self, *, weights_digest: str, device: str, precision: str, metadata_digest: str | None = None
+        self,
+        *,
+        weights_digest: str,
+        device: str,
+        precision: str,
+        metadata_digest: str | None = None,
+        exclude_digest: str | None = None,
     ) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""
         pool = self.pool.model_dump(exclude={"shards", "verify", "metadata"}, exclude_none=True)
         pool_fields = {f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()}
         if metadata_digest:
             pool_fields["pool.metadata"] = metadata_digest
+        if exclude_digest:
+            pool_fields["exclude.at_read"] = exclude_digest
         if self.embed.cached:
             return {**pool_fields, "embed.cached": self.embed.cached}
         return {

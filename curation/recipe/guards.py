@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.data.hash_lists import Kind
 from curation.data.row_tests import check_disjoint
+from curation.data.shards import ListKind
 from curation.data.tables import check_piece_name
 from curation.recipe.parts import Part, json_argument
 
@@ -22,7 +22,10 @@ class Exclude(Part):
     """Why: what the account calls it."""
     files: str = Field(min_length=1)
     """Paths, globs or URLs, as a pool's: text, parquet, or .npy of u8,u8."""
-    by: Kind = "uid"
+    at_read: bool = False
+    """Drop these samples when a shard is read, too: they are never decoded, and nothing of them is stored. Such a list
+    is part of what makes the tables, so another one needs another output."""
+    by: ListKind = "uid"
     """What an entry names: a sample's uid, the sha256 of its image's bytes, or its url (or the sha256 of that)."""
 
 

@@ -78,7 +78,10 @@ class Pool(Part):
 
     def read_rules(self) -> ReadRules:
         """The reader's part of these fields."""
-        names = {field.name for field in dataclasses.fields(ReadRules)} - {"metadata"}  # there it is an index's URL
+        names = {field.name for field in dataclasses.fields(ReadRules)} - {
+            "metadata",
+            "exclude",
+        }  # there they are URLs of indexes
         return ReadRules(**{name: getattr(self, name) for name in names})
 
 

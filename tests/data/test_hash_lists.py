@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.data import hash_lists
 from curation.data.hash_lists import build, contains, entries_of, listed, opened
+from curation.data.shards import ListKind
 
 UIDS = [f"{value:032x}" for value in (0, 7, 2**127 + 5, 2**64)]
 ABSENT = [f"{value:032x}" for value in (1, 2**64 + 1, 2**128 - 1)]
 
 
-def built(tmp_path: Path, path: Path, kind: hash_lists.Kind) -> np.ndarray:
+def built(tmp_path: Path, path: Path, kind: ListKind) -> np.ndarray:
     return opened(build(str(tmp_path / "run"), listed(str(path)), kind))
 
 
@@ -78,7 +78,7 @@ def test_a_list_of_a_million_is_16_bytes_an_entry_and_several_files_are_one_list
     ],
 )
 def test_what_is_not_understood_is_an_error_that_names_the_file(
-    tmp_path: Path, name: str, text: str | None, kind: hash_lists.Kind, message: str
+    tmp_path: Path, name: str, text: str | None, kind: ListKind, message: str
 ) -> None:
     path = tmp_path / name
     if text is not None:

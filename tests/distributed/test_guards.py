@@ -94,6 +94,32 @@ def test_guards_do_not_change_what_a_seeded_step_draws(base: CurateRecipe, tmp_p
     assert kept_uids(base) == before
 
 
+def test_a_list_that_is_applied_at_read_leaves_nothing_of_a_sample_but_its_uid_and_place(
+    base: CurateRecipe, tmp_path: Path
+) -> None:
+    rows = rows_of(base, ["uid", "sha256", "json.url", "image_embedding", "caption"])
+    (tmp_path / "uids.txt").write_text("\n".join(row["uid"] for row in rows[:3]))
+    (tmp_path / "urls.txt").write_text(rows[3]["json.url"])
+    lists = (
+        Exclude(name="opt-out", files=str(tmp_path / "uids.txt"), at_read=True),
+        Exclude(name="site", files=str(tmp_path / "urls.txt"), by="url", at_read=True),
+    )
+    recipe = base.model_copy(update={"exclude": lists, "output": str(tmp_path / "out"), "max_drop_fraction": 0.5})
+    summary = curate(recipe)
+    assert not summary.failures and summary.decoded_now == 60 - 4
+    assert (summary.read, summary.embedded, summary.dropped["sample:excluded"]) == (60, 54, 4)
+    table = tables.read_unified(recipe.output, [0, 1], None).to_pylist()
+    gone = [row for row in table if row["reason"] == "sample:excluded"]
+    assert [row["uid"] for row in gone] == [row["uid"] for row in rows[:4]]
+    for row in gone:
+        assert not any(row[name] for name in ("caption", "sha256", "json.url", "image_embedding", "clip_score"))
+    left = [row for row in table if row["status"] == "ok"]
+    assert [row["sha256"] for row in left] == [row["sha256"] for row in rows[4:]]
+    assert curate(recipe).decoded_now == 0
+    with pytest.raises(OtherRun, match="exclude.at_read was"):
+        curate(recipe.model_copy(update={"exclude": lists[:1]}))
+
+
 def test_parts_are_disjoint_and_with_the_rest_they_are_the_pool(base: CurateRecipe, tmp_path: Path) -> None:
     parts: dict[str, tuple[float, float]] = {"reference": (0.0, 0.3), "test": (0.3, 0.4)}
     kept = {}
@@ -146,7 +172,7 @@ def test_copies_of_an_evaluation_set_are_cut_exact_ones_and_near_ones(
     named = {name: before - after for name, before, after in summary.waterfall}
     assert named["copy in flowers"] == 11 and named[f"near copy in flowers (cosine >= {threshold:g})"] == near.sum()
     # Another threshold reads the same columns.
-    monkeypatch.setattr(stored_columns, "ordered", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(stored_columns, "_make", lambda *_: pytest.fail("made again"))
     assert again(base, decontaminate=Decontaminate(sets=sets, near=None)).selected == 58 - 11
     with pytest.raises(ValueError, match="is no run of jobs.curate"):
         again(base, decontaminate=Decontaminate(sets={"flowers": str(tmp_path)}))

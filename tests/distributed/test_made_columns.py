@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from curation.distributed.pipeline import Summary, curate
 from curation.numerics.sampling import tie_hash, uid_words
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Pool, Select, Threshold, Write
 from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
+from jobs.recipes import basic
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -148,3 +151,46 @@ def test_more_clusters_than_rows_and_two_columns_of_one_name_are_errors(base: Cu
         CurateRecipe(columns=(many, many))
     with pytest.raises(ValueError, match="a piece's name is"):
         CurateRecipe(columns=(many.model_copy(update={"name": "a.b"}),))
+
+
+def test_the_basic_recipe_writes_datacomps_subset_of_metadata_without_an_image(real_data: Path, tmp_path: Path) -> None:
+    fasttext = pytest.importorskip("fasttext")
+    texts = pq.read_table(real_data / "web-text" / "laion-alt-text.parquet")["caption"].to_pylist()[:400]
+    rng = np.random.default_rng(1)
+    width, height = rng.integers(100, 700, (2, len(texts)))
+    words = rng.integers(0, 2**63, (len(texts), 2), np.uint64)
+    uids = [f"{high:016x}{low:016x}" for high, low in words]
+    for number in range(2):
+        part = slice(number * 200, (number + 1) * 200)
+        columns = {
+            "uid": uids[part],
+            "text": texts[part],
+            "original_width": width[part],
+            "original_height": height[part],
+        }
+        path = tmp_path / "metadata" / f"{number}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({**columns, "url": ["http://a.org/x"] * 200, "sha256": ["0" * 64] * 200}), path)
+        vectors = rng.normal(size=(200, 8)).astype(np.float16)
+        np.savez(path.with_suffix(".npz"), l14_img=vectors, l14_txt=vectors)
+    model = str(real_data / "weights" / "lid.176.ftz")
+    recipe = basic().model_copy(
+        update={
+            "pool": Pool(shards=str(tmp_path / "metadata" / "*.parquet")),
+            "columns": (Language(make="language", model=model),),
+            "output": str(tmp_path / "run"),
+        }
+    )
+    summary = curate(recipe)
+    assert not summary.failures and summary.decoded_now == 0
+    predict = fasttext.load_model(model).predict
+    expected = {
+        uid
+        for uid, text, w, h in zip(uids, texts, width, height, strict=True)
+        if predict(text.replace("\n", " "))[0][0] == "__label__en"
+        and len(text.split()) > 2
+        and len(text) > 5
+        and min(w, h) >= 200
+        and max(w, h) / min(w, h) <= 3
+    }
+    assert kept_uids(recipe) == expected and 50 < len(expected) < 350

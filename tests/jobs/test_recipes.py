@@ -6,7 +6,7 @@ import pytest
 from curation.columns import FORMAT_VERSION
 from curation.recipe import CurateRecipe, Select, Threshold, TrainRecipe
 from jobs.command import load_recipe
-from jobs.recipes import CURATE, TRAIN
+from jobs.recipes import CURATE, TRAIN, straw_men
 
 load = partial(load_recipe, recipes=CURATE, recipe_type=CurateRecipe)
 load_train = partial(load_recipe, recipes=TRAIN, recipe_type=TrainRecipe)
@@ -28,8 +28,8 @@ def test_debug_needs_no_gpu_and_no_download():
 
 
 @pytest.mark.parametrize("name", [name for name in CURATE if name != "debug"])
-def test_every_other_recipe_ranks_by_trained_weights(name):
-    assert load(name).embed.pretrained
+def test_no_other_recipe_has_random_weights(name):
+    assert not load(name).embed.has_random_weights
 
 
 def test_laion_keeps_what_scores_at_least_0_28():
@@ -48,7 +48,8 @@ def test_a_runs_own_recipe_json_runs_it_again(tmp_path):
     [
         (
             "smal",
-            r"no recipe 'smal': known are debug, small, medium, large, laion, or a \.json file; did you mean 'small'\?",
+            r"no recipe 'smal': known are debug, small, medium, large, laion, basic, or a \.json file; "
+            r"did you mean 'small'\?",
         ),
         ("zzz", r"no recipe 'zzz': known are .* \.json file$"),
         ("absent.json", r"no recipe 'absent\.json': known are"),
@@ -91,3 +92,13 @@ def test_the_jest_recipe_has_the_papers_sizes():
     train = load_train("jest").train
     assert (train.super_batch, train.sub_batch, train.filter_ratio) == (163_840, 32_768, 0.8)
     assert train.num_steps * train.sub_batch >= 4_000_000_000 - 32_768
+
+
+def test_a_straw_man_is_one_number_alone():
+    straw = straw_men(0.2)
+    assert {name: next(iter(step.selector().needs - {"uid"})) for name, step in straw.items()} == {
+        "clarity": "quality.sharpness",
+        "match": "clip_score",
+        "aesthetic": "aesthetic.score",
+    }
+    assert {step.keep_fraction for step in straw.values()} == {0.2}
