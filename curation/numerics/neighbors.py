@@ -122,6 +122,21 @@ def nearest_distances(rows_ND: Tensor, num_neighbors: int, *, block_rows: int = 
     return nearest_NQ.clamp_min_(0).sqrt_()
 
 
+def similar_pairs(unit_ND: Tensor, *, min_cosine: float) -> Tensor:
+    """All pairs (P, 2) int64 of places i < j of unit rows with a cosine above `min_cosine`: faiss's exact scan.
+
+    Costs N^2 D multiply-adds; sorted. ValueError if rows are not finite (N, D).
+    """
+    _check_rows("rows", unit_ND)
+    rows_ND = _float32_array(unit_ND)
+    index = faiss.IndexFlatIP(rows_ND.shape[1])
+    index.add(rows_ND)
+    begins, _, others = index.range_search(rows_ND, min_cosine)
+    places = np.repeat(np.arange(len(rows_ND)), np.diff(begins.astype(np.int64)))
+    pairs_P2 = np.stack([places, others], axis=1)[places < others]
+    return torch.from_numpy(pairs_P2[np.lexsort((pairs_P2[:, 1], pairs_P2[:, 0]))])
+
+
 def _check_rows(name: str, rows_ND: Tensor) -> None:
     if rows_ND.ndim != 2 or not rows_ND.dtype.is_floating_point:
         raise ValueError(f"{name} must be floats (N, D), got {rows_ND.dtype} {tuple(rows_ND.shape)}")

@@ -7,7 +7,7 @@
     growth       typicality over 20k, 100k and 1M rows of synthetic tables: seconds, peak memory, fitted exponents
 
 Each side runs in a process of its own with one thread and tells CPU seconds, not wall seconds: other work on the
-machine then costs a side little. The rivals are the extra `bench`; one that is not installed is an error.
+machine then costs a side little. The rivals are the extras `bench` and `rivals`.
 """
 
 from __future__ import annotations
@@ -210,22 +210,15 @@ def near_copies(rows: int) -> dict[str, Any]:
     A tenth of the rows are near copies of others, at cosines of 0.93 to 1. Counted are distances: the fit's, the
     assignment's and those within buckets, against all pairs.
     """
-    import faiss
-
     from curation.numerics import bucketing
-    from curation.numerics.neighbors import ROWS_PER_CLUSTER
+    from curation.numerics.neighbors import ROWS_PER_CLUSTER, similar_pairs
 
     vectors, rng = clustered(rows, WIDTH, seed=2), torch.Generator().manual_seed(3)
     originals = torch.randperm(rows, generator=rng)[: rows // 10]
     noise = 0.4 * torch.rand(len(originals), 1, generator=rng) * torch.randn(len(originals), WIDTH, generator=rng)
     copies = torch.randperm(rows, generator=rng)[: rows // 10]
     vectors[copies] = F.normalize(vectors[originals] + noise / WIDTH**0.5, dim=1)
-    index = faiss.IndexFlatIP(WIDTH)
-    index.add(vectors.numpy())
-    ends, _, others = index.range_search(vectors.numpy(), NEAR_COSINE)
-    ours = np.repeat(np.arange(rows), np.diff(ends.astype(np.int64)))
-    is_pair = ours < others
-    first, second = ours[is_pair], others[is_pair]
+    first, second = similar_pairs(vectors, min_cosine=NEAR_COSINE).numpy().T
     num_clusters = bucketing.num_clusters_for(rows, bucket_rows=NEAR_BUCKET)
     sampled = min(rows, ROWS_PER_CLUSTER * num_clusters)
     cutting = bucketing.fit_cutting(

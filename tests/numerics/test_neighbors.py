@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curation.numerics.neighbors import fit_centroids, nearest_centroids
+from curation.numerics.neighbors import fit_centroids, nearest_centroids, similar_pairs
 
 
 def blobs(num_blobs, rows_each, *, seed=0, width=16, noise=0.05):
@@ -107,3 +107,12 @@ def test_malformed_rows_and_centroids_are_refused():
         nearest_centroids(rows, rows[:0])
     with pytest.raises(ValueError, match="block_rows must be at least 1, got 0"):
         nearest_centroids(rows, rows, block_rows=0)
+
+
+def test_similar_pairs_are_those_of_all_cosines():
+    rows = blobs(6, 20, noise=0.2)
+    cosines = rows @ rows.T
+    expected = (cosines.triu(diagonal=1) > 0.8).nonzero()
+    assert 0 < len(expected) < 7140
+    assert torch.equal(similar_pairs(rows, min_cosine=0.8), expected)
+    assert similar_pairs(rows[:1], min_cosine=0.8).shape == (0, 2)
