@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, Select, TrainRecipe
-from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, MimicRecipe, Network
 from curation.recipe.train import Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -149,3 +149,17 @@ def embeddings_small() -> EmbeddingsRecipe:
 
 EMBEDDINGS: dict[str, Callable[[], EmbeddingsRecipe]] = {"debug": embeddings_debug, "small": embeddings_small}
 """Recipes of `jobs.fit embeddings`, by name."""
+
+
+def mimic_majority() -> MimicRecipe:
+    """Weights above their batch's mean, by majority of the rounds."""
+    return MimicRecipe()
+
+
+def mimic_one_coin() -> MimicRecipe:
+    """The same votes by the one-coin model."""
+    return MimicRecipe(aggregator="one_coin")
+
+
+MIMIC: dict[str, Callable[[], MimicRecipe]] = {"majority": mimic_majority, "one_coin": mimic_one_coin}
+"""Recipes of `jobs.fit mimic`, by name."""

@@ -81,6 +81,8 @@ def print_summary(recipe: TrainRecipe, summary: TrainSummary) -> None:
     print()
     for name, value in rows:
         print(f"  {name:<{width}}  {value:>18,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")
+    for warning in summary.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
     for failure in summary.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if not summary.failures:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from curation.numerics.gradients import towards
 
 MIN_SURVIVING = 0.3
-"""On a toy a reference that grew from the learner's own weights brings half of what it knows, a permuted one nothing."""
+"""On a toy a reference grown from the learner's own weights brings half of what it knows, a permuted one nothing."""
 MIN_COSINE = 0.5
 """For the whole network, where there is nothing around the layer: weights that grew from other random ones are
 orthogonal, those of one training run are not."""

@@ -123,10 +123,10 @@ def demo_track(folder: Path, *, tiny: bool) -> Track:
 def flickr8k_track(folder: Path, *, tiny: bool) -> Track:
     """4,000 photos with five captions each, half of the captions another photo's; 1,000 photos for the reference."""
     images = 60 if tiny else 6_000
-    data = _real_data() / "flickr8k"
+    data = real_data() / "flickr8k"
 
     def split(first: int, last: int, *, all_captions: bool, shuffled: float) -> Iterator[Pair]:
-        photos = list(_tar_samples(data, limit=images))[first:last]
+        photos = list(tar_samples(data, limit=images))[first:last]
         owned = [
             (place, caption)
             for place, (_, fields) in enumerate(photos)
@@ -151,7 +151,7 @@ def flickr8k_track(folder: Path, *, tiny: bool) -> Track:
 def cifar10_track(folder: Path, *, tiny: bool) -> Track:
     """20,000 training images captioned by CIFAR-10N's worst label; 2,000 with their true labels for the reference."""
     pool, reference, held_out = (300, 100, 60) if tiny else (20_000, 2_000, 2_000)
-    data = _real_data() / "cifar"
+    data = real_data() / "cifar"
 
     def split(file: str, first: int, last: int, *, label: str) -> Iterator[Pair]:
         table = pq.read_table(data / f"{file}.parquet", columns=sorted({"image", "label", label})).slice(
@@ -240,7 +240,7 @@ def _featured(folder: Path, split: str, pairs: Callable[[], Iterable[Pair]], run
     )
     if failures := curate(curated).failures:
         raise RuntimeError(failures[0])
-    network = Network(library="tflite", model=str(_real_data() / TFLITE))
+    network = Network(library="tflite", model=str(real_data() / TFLITE))
     _add(FeaturesRecipe(run=str(run), column=FEATURES, network=network, batch_size=1, compute=Compute(device="cpu")))
 
 
@@ -290,7 +290,7 @@ def _some_shuffled(captions: list[str], *, share: float, rng: np.random.Generato
     return given
 
 
-def _tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def tar_samples(folder: Path, *, limit: int, extension: str = "jpg") -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Image bytes and json fields of img2dataset's tars, in order."""
     num_seen = 0
     for path in sorted(folder.glob("*.tar")):
@@ -300,7 +300,7 @@ def _tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str,
                 content = tar.extractfile(member)
                 if content is None or num_seen == limit:
                     continue
-                if member.name.endswith(".jpg"):
+                if member.name.endswith(f".{extension}"):
                     image = content.read()
                 elif member.name.endswith(".json"):
                     num_seen += 1
@@ -323,7 +323,7 @@ def _timed(note: Path, work: Callable[[], None]) -> float:
     return json.loads(note.read_text())["seconds"]
 
 
-def _real_data() -> Path:
+def real_data() -> Path:
     """The folder of real data. ValueError if it is not there."""
     named = os.environ.get("CURATION_TEST_DATA")
     folder = Path(named) if named else Path(__file__).parents[2].parent / "shared" / "data"
