@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from curation.data import tables
 from curation.data.manifest import OtherRun
 from curation.data.score_log import read_steps
 from curation.distributed.mimic_columns import VoteRounds, add_mimic_columns, checked_mimic
-from curation.distributed.pipeline import curate
+from curation.distributed.select import select
 from curation.distributed.train import train
-from curation.recipe import CurateRecipe, Threshold, TrainRecipe, Write
+from curation.recipe import Select, Threshold, TrainRecipe
 from curation.recipe.columns import MimicRecipe
 from curation.recipe.train import Data, Reference, Train, Weights, Workers
 from jobs import fit
@@ -40,10 +40,16 @@ def mimic_recipe(run: Path, output: Path, **fields: Any) -> TrainRecipe:
 
 
 @pytest.fixture(scope="module")
-def trained(curated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+def run(curated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the curated run, for it gets columns."""
+    return Path(shutil.copytree(curated, tmp_path_factory.mktemp("mimic") / "run"))
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> tuple[Path, Any]:
     """Two rounds of 236 rows on two workers, and what the run told of itself."""
-    output = tmp_path_factory.mktemp("mimic")
-    yield output, train(mimic_recipe(curated, output, train={"weight_scope": "mimic"}))
+    output = run.parent / "trained"
+    return output, train(mimic_recipe(run, output, train={"weight_scope": "mimic"}))
 
 
 @pytest.mark.slow
@@ -67,10 +73,10 @@ def test_a_reference_of_other_random_weights_is_told_loudly(trained: tuple[Path,
 
 @pytest.mark.slow
 def test_columns_of_the_log_filter_a_selection(
-    trained: tuple[Path, Any], curated: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    trained: tuple[Path, Any], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, _ = trained
-    flags = ["--run", str(curated), "--log", str(output), "--column", "mimic"]
+    flags = ["--run", str(run), "--log", str(output), "--column", "mimic"]
     assert fit.main(["mimic", "majority", *flags]) == 0
     assert "quality" in capsys.readouterr().out
     scores: dict[int, list[float]] = {}
@@ -78,7 +84,7 @@ def test_columns_of_the_log_filter_a_selection(
         for address, score in zip(step.addresses.tolist(), step.scores.tolist(), strict=True):
             scores.setdefault(address, []).append(score)
     table = tables.read_unified(
-        str(curated), range(6), ["address", "status", "mimic.score", "mimic.keep", "mimic.rank"]
+        str(run), range(6), ["address", "status", "clip_score", "mimic.score", "mimic.keep", "mimic.rank"]
     )
     rows = [row for row in table.to_pylist() if row["mimic.score"] is not None]
     assert {row["address"] for row in rows} == set(scores) and all(row["status"] == "ok" for row in rows)
@@ -89,12 +95,13 @@ def test_columns_of_the_log_filter_a_selection(
     # A second time nothing changes; with other settings the column is another one.
     assert fit.main(["mimic", "majority", *flags]) == 0
     with pytest.raises(OtherRun, match="aggregator was"):
-        add_mimic_columns(MimicRecipe(run=str(curated), log=str(output), column="mimic", aggregator="one_coin"))
-    recipe = CurateRecipe.model_validate(json.loads((curated / "recipe.json").read_text())["recipe"])
-    selection = (Threshold(column="mimic.rank", at_least=0.15), Threshold(column="mimic.keep", at_least=0.5))
-    chosen = curate(recipe.model_copy(update={"selection": selection, "write": Write(tars=False)}))
-    expected = sum(row["mimic.rank"] >= np.float32(0.15) and row["mimic.keep"] == 1 for row in rows)
-    assert chosen.selected == expected and 0 < expected < len(rows)
+        add_mimic_columns(MimicRecipe(run=str(run), log=str(output), column="mimic", aggregator="one_coin"))
+    # The issue's filter: the clip score's top half, and of those none of the pool's lowest 15%.
+    steps = [Select(method={"name": "clip_score"}, keep_fraction=0.5), Threshold(column="mimic.rank", at_least=0.15)]
+    by_both = select(str(run), range(6), embedded=len(rows), steps=steps, seed=0)
+    is_low = {row["address"] for row in rows if row["mimic.rank"] < np.float32(0.15)}
+    best = sorted(rows, key=lambda row: -row["clip_score"])[: by_both.counts[1].rows_out]
+    assert by_both.rows == sum(row["address"] not in is_low for row in best) < len(best)
 
 
 @pytest.mark.parametrize("over", ["round", "step"])
