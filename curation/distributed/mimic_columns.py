@@ -106,7 +106,7 @@ class VoteRounds:
 
 
 def add_mimic_columns(recipe: MimicRecipe) -> MimicSummary:
-    """Make the columns. ValueError or OtherRun if the recipe cannot run, OutputInUse if the run is held."""
+    """Make what is not made yet. ValueError or OtherRun if the recipe cannot run, OutputInUse if the run is held."""
     recipe = checked_mimic(recipe)
     with Lease(recipe.run):
         embedded = manifest.committed(recipe.run, EMBED_STAGE)
@@ -121,11 +121,15 @@ def add_mimic_columns(recipe: MimicRecipe) -> MimicSummary:
             **{name: getattr(recipe, name) for name in ("binariser", "aggregator", "over")},
         }
         stage = tables.piece_stage(recipe.column)
-        for number, record in manifest.committed(recipe.run, stage).items():
+        made = manifest.committed(recipe.run, stage)
+        for number, record in made.items():
             as_now = {**made_by, "samples": embedded[number]["key"]}
             manifest.check_same(record["made_by"], as_now, what=f"the column {recipe.column!r} of shard {number}")
+        todo = [shard for shard in shards if shard.number not in made]
+        if not todo:
+            return MimicSummary(**made[shards[0].number]["quality"])
         found = _judged(recipe, offsets)
-        for shard in shards:
+        for shard in todo:
             columns = _columns(recipe.column, found, slice(offsets[shard.number], offsets[shard.number + 1]))
             tables.write_piece(recipe.run, recipe.column, shard.number, columns)
             samples = embedded[shard.number]["key"]
