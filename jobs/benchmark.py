@@ -7,6 +7,7 @@
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
+    mimic    Grad-Mimic on linear probes under label noise, against its rivals and controls; what a step of it costs
     plan     600,000 shards listed, planned and resumed: seconds and memory
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
@@ -34,6 +35,7 @@ from jobs.benchmarks import (
     ingest,
     ledger,
     ledger_actors,
+    mimic,
     plan,
     race,
     select,
@@ -61,6 +63,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
+    "mimic": lambda given: mimic.benchmark(seeds=given.seeds, pairs=given.pairs, tiny=given.tiny, folder=given.folder),
     "plan": lambda given: plan.benchmark(tiny=given.tiny),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),

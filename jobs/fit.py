@@ -4,10 +4,14 @@
     features    a column of a curated run: what a frozen network makes of each image
     embeddings  columns of a curated run: both embeddings and the clip score of another model
     quality     columns of a curated run: how sharp and how plain each image is
+    mimic       columns of a curated run: what a Grad-Mimic run's score log says of each sample, and of the pool
 
 `reference --data.run RUN --output DIR` leaves `DIR/train/learner.pt`. Its embeddings over a large pool are what
 `python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt` makes; or, beside those of another model in a
 run that is there already, `embeddings --run RUN --column NAME --weights.checkpoint DIR/train/learner.pt`.
+
+`mimic majority --run RUN --log DIR --column NAME` makes NAME.keep, NAME.useful, NAME.score and NAME.rank, which a
+selection of `jobs.curate` filters by.
 
 Exit codes as in `jobs.train`.
 """
@@ -19,12 +23,13 @@ from collections.abc import Callable
 from typing import Any
 
 from curation.distributed.columns import ColumnsSummary, add_columns, checked
+from curation.distributed.mimic_columns import add_mimic_columns, checked_mimic
 from curation.distributed.stopping import Stop
 from curation.recipe import TrainRecipe
-from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe
+from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, MimicRecipe, QualityRecipe
 from jobs import log
-from jobs.command import EXIT_USAGE, Command, exit_code
-from jobs.recipes import EMBEDDINGS, FEATURES, QUALITY, REFERENCE
+from jobs.command import EXIT_OK, EXIT_USAGE, Command, exit_code
+from jobs.recipes import EMBEDDINGS, FEATURES, MIMIC, QUALITY, REFERENCE
 from jobs.train import print_plan, run_training
 
 
@@ -61,11 +66,18 @@ def _quality(arguments: list[str]) -> int:
     )
 
 
+def _mimic(arguments: list[str]) -> int:
+    return Command("fit mimic", __doc__).run(
+        arguments, recipes=MIMIC, recipe_type=MimicRecipe, job=_add_mimic_columns, dry_run=_check_mimic
+    )
+
+
 KINDS: dict[str, Callable[[list[str]], int]] = {
     "reference": _reference,
     "features": _features,
     "embeddings": _embeddings,
     "quality": _quality,
+    "mimic": _mimic,
 }
 
 
@@ -87,6 +99,22 @@ def _fit_reference(recipe: TrainRecipe, stop: Stop) -> int:
 
 def _check(recipe: ColumnsRecipe) -> None:
     print(f"column {recipe.column!r} of {checked(recipe).run}")
+
+
+def _check_mimic(recipe: MimicRecipe) -> None:
+    checked = checked_mimic(recipe)
+    print(f"columns {recipe.column!r} of {checked.run} from the score log of {checked.log}")
+
+
+def _add_mimic_columns(recipe: MimicRecipe, stop: Stop) -> int:
+    account = add_mimic_columns(recipe)
+    log.say(
+        f"{recipe.run}/columns/{recipe.column}: {account.kept:,} of {account.rows:,} rows kept after {account.rounds} "
+        f"rounds ({account.steps:,} steps); quality {account.kept_share:.3f}, mean score {account.mean_score:.4g}"
+    )
+    if account.accuracies is not None:
+        log.say("accuracy of the rounds: " + ", ".join(f"{accuracy:.3f}" for accuracy in account.accuracies))
+    return EXIT_OK
 
 
 def _add_columns(recipe: ColumnsRecipe, stop: Stop) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Threshold, TrainRecipe, Write
-from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
+from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, MimicRecipe, Network, QualityRecipe
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
@@ -275,3 +275,17 @@ DIFFUSION: dict[str, Callable[[], DiffusionRecipe]] = {
     "lightly": diffusion_lightly,
 }
 """Recipes of `jobs.evaluate diffusion`, by name."""
+
+
+def mimic_majority() -> MimicRecipe:
+    """Weights above their batch's mean, by majority of the rounds."""
+    return MimicRecipe()
+
+
+def mimic_one_coin() -> MimicRecipe:
+    """The same votes by the one-coin model."""
+    return MimicRecipe(aggregator="one_coin")
+
+
+MIMIC: dict[str, Callable[[], MimicRecipe]] = {"majority": mimic_majority, "one_coin": mimic_one_coin}
+"""Recipes of `jobs.fit mimic`, by name."""

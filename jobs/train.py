@@ -10,6 +10,7 @@ a checkpoint; the same command goes on from there.
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -92,6 +93,8 @@ def print_summary(recipe: TrainRecipe, summary: TrainSummary) -> None:
     print()
     for name, value in rows:
         print(f"  {name:<{width}}  {value:>18,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")
+    for warning in summary.warnings:
+        log.say(f"WARNING: {warning}", level=logging.WARNING)
     if not summary.failures and not summary.stopped:
         print(f"\n{recipe.output}/train: learner.pt has the weights, steps.parquet and evaluations.parquet the log")
 

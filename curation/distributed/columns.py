@@ -265,14 +265,19 @@ def add_columns(
 
 def checked(recipe: ColumnsRecipe) -> ColumnsRecipe:
     """The recipe with a URL of its run that every node may open. ValueError if it cannot run; nothing is touched."""
-    run = storage.absolute(recipe.run) if recipe.run else ""
+    return recipe.model_copy(update={"run": checked_run(recipe.run, recipe.column)})
+
+
+def checked_run(named: str, column: str) -> str:
+    """The URL of a curated run that may get this column. ValueError if it is none, or may not."""
+    run = storage.absolute(named) if named else ""
     if not run or not storage.exists(storage.join(run, "recipe.json")):
-        raise ValueError(f"run: {recipe.run!r} is no run of jobs.curate; name one, as in --run runs/first")
+        raise ValueError(f"run: {named!r} is no run of jobs.curate; name one, as in --run runs/first")
     embedded = manifest.committed(run, EMBED_STAGE)
     if not embedded:
         raise ValueError(f"run: {run} holds no committed shard yet; finish it with the command that began it")
-    tables.check_piece_name(recipe.column, known=tables.own_column_names(run, min(embedded)))
-    return recipe.model_copy(update={"run": run})
+    tables.check_piece_name(column, known=tables.own_column_names(run, min(embedded)))
+    return run
 
 
 def _spec(recipe: ColumnsRecipe, placement: Placement) -> ColumnsSpec:

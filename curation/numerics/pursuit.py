@@ -45,8 +45,10 @@ def _fitted(gram_nn: Tensor, products_n: Tensor, support: list[int], *, ridge: f
     rows = torch.tensor(support)
     while len(rows):
         system = gram_nn[rows[:, None], rows] + ridge * torch.eye(len(rows), dtype=gram_nn.dtype)
-        # Least squares, for rows that repeat make the system singular.
-        fitted = torch.linalg.lstsq(system, products_n[rows, None], driver="gelsd").solution[:, 0]
+        if ridge > 0:
+            fitted = torch.linalg.solve(system, products_n[rows])
+        else:  # least squares, for rows that repeat make the system singular
+            fitted = torch.linalg.lstsq(system, products_n[rows, None], driver="gelsd").solution[:, 0]
         if bool((fitted >= 0).all()):
             weights_n[rows] = fitted
             break

@@ -1,4 +1,4 @@
-"""Columns that are added to a curated run: a frozen network's features, or another model's embeddings."""
+"""Columns that are added to a curated run: a frozen network's features, another model's embeddings, verdicts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from curation.numerics.votes import Aggregator, Binariser
 from curation.recipe.curate import Compute
 from curation.recipe.parts import Part, WeightsSource, WholeRecipe
 from curation.recipe.train import Weights
@@ -62,3 +63,21 @@ class EmbeddingsRecipe(ColumnsRecipe):
     weights: Weights = Weights()
     features: str | None = None
     """The column of features that the model takes in place of pixels."""
+
+
+class MimicRecipe(WholeRecipe):
+    """Columns NAME.keep, NAME.useful, NAME.score and NAME.rank: what a training run's score log says of its pool."""
+
+    run: str = ""
+    """Folder or URL of the run of `jobs.curate` that was trained on."""
+    column: str = "mimic"
+    """The columns' name: letters, digits, - and _."""
+    log: str = ""
+    """Folder or URL of the run of `jobs.train` whose score log is read."""
+    binariser: Binariser = "threshold"
+    """How a row's score becomes a vote. threshold: its weight is above its batch's mean. two_means and mixture: it is
+    in the upper of two clusters, or of two Gaussians."""
+    aggregator: Aggregator = "majority"
+    """How votes become a verdict. one_coin: each round has an accuracy of its own; over-confident, for rounds agree."""
+    over: Literal["round", "step"] = "round"
+    """Whose scores are clustered together: a round's, or each step's."""

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.data import offered
+from curation.data.score_log import read_steps
 from curation.distributed import train as training
 from curation.distributed.train import TrainSummary, check, train
 from curation.ledger import Ledger, LedgerSpec
@@ -236,7 +237,8 @@ def test_a_killed_worker_is_replaced_and_each_sample_is_offered_once_a_round_by_
 ) -> None:
     # 9 steps of 24 rows, then 9 more: 216 of 236 rows, so none is offered twice.
     fields = {"num_steps": 9, "sub_batch": 12}
-    recipe = long_recipe(tmp_path / "out", workers=2, max_failures=2, checkpoint_every=2)
+    remember = Remember(score_log="on")
+    recipe = long_recipe(tmp_path / "out", workers=2, max_failures=2, checkpoint_every=2, ledger=remember)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=fields)})
     process = start(recipe, tmp_path)
     wait_for(lambda: checkpoints(tmp_path / "out") and workers_of(process.pid), process)
@@ -252,6 +254,10 @@ def test_a_killed_worker_is_replaced_and_each_sample_is_offered_once_a_round_by_
     assert ledger.known("score") == 216 and ledger.usage_histogram()[1] == 108
     counts = np.bincount(ledger.read("score", all_addresses(recipe))["ledger_count"])
     assert counts.tolist() == [OFFERED - 216, 216]
+    scored = list(read_steps(str(tmp_path / "out")))
+    assert [step.step for step in scored] == list(range(1, 10))
+    assert len({address for step in scored for address in step.addresses.tolist()}) == 216
+    assert all(len(step.addresses) == 24 and (step.weights > 0).sum() == 12 for step in scored)
 
 
 def all_addresses(recipe: TrainRecipe) -> np.ndarray:

@@ -19,6 +19,7 @@ from curation.numerics.contrastive import sigmoid_loss, softmax_loss
 from curation.training.collectives import Handover, gather, hand_over, ranks
 from curation.training.contrastive import make_optimizer
 from curation.training.contrastive_learner import ContrastiveLearner, Reference
+from curation.training.mimic import layer_of
 from curation.training.online import Scope, choose
 from curation.training.online_step import OnlineSettings, OnlineTrainer
 from curation.training.step import NotFinite, PairBatch, contrastive_step
@@ -136,6 +137,37 @@ def online_step(method: str) -> dict[str, Tensor | float]:
     }
 
 
+def mimic_steps(scope: str, layer: str) -> dict[str, Tensor]:
+    """Two steps of the nano model that go towards another one, on the whole super-batch of 12."""
+    rank, world_size = ranks()
+    network, reference = (build_network("nano", seed=seed) for seed in (0, 1))
+    generator = torch.Generator().manual_seed(6)
+    part = WHOLE // world_size
+    own = slice(rank * part, (rank + 1) * part)
+    block = {
+        "pixels": torch.randint(0, 256, (WHOLE, 48, 48, 3), dtype=torch.uint8, generator=generator)[own],
+        "tokens": torch.randint(1, 400, (WHOLE, 28), generator=generator)[own],
+        "address": torch.randperm(WHOLE, generator=generator)[own],
+        "uid": torch.randint(-(2**62), 2**62, (WHOLE, 2), generator=generator)[own],
+        "ok": torch.ones(WHOLE, dtype=torch.bool)[own],
+    }
+    learner = ContrastiveLearner(
+        network=network, mimicked=reference, mimic_layer=layer, weight_scope=scope, score_batch=3
+    )
+    settings = OnlineSettings(keep=WHOLE, num_steps=4, seed=1)
+    optimizer = make_optimizer(network, learning_rate=1e-3)
+    trainer = OnlineTrainer(learner, optimizer, load_selector("grad_mimic", temperature=0.3), settings)
+    outcomes = [trainer.step(number, block) for number in range(2)]
+    places = block["address"].argsort()
+    return {
+        "address": block["address"][places],
+        "scores": torch.stack([outcome.chosen.scores[places] for outcome in outcomes]),
+        "weights": torch.stack([outcome.chosen.row_weights[places] for outcome in outcomes]),
+        "losses": torch.tensor([outcome.report.loss for outcome in outcomes]),
+        "layer": torch.cat([value.flatten() for value in layer_of(network.clip, layer).values()]).detach(),
+    }
+
+
 def not_finite_on_one_rank() -> str:
     """Every rank hears of it, none goes on alone."""
     rank, _ = ranks()
@@ -171,6 +203,9 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
     results["online uniform"] = online_step("uniform")
     results["online jest"] = online_step("jest")
     results["online rho"] = online_step("rho")
+    for scope in ("all", "mimic"):
+        results[f"mimic {scope}"] = mimic_steps(scope, "visual.transformer.resblocks.3")
+    results["mimic text"] = mimic_steps("mimic", "text_projection")
     rows = torch.arange(3) + 10 * rank
     # The last rank gets rows 2 and 0 of rank 0, and rank 0 gets row 1 of the last.
     last = world_size - 1

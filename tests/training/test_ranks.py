@@ -121,3 +121,19 @@ def test_online_steps_are_the_same_for_any_number_of_ranks(results, what: str, w
         torch.testing.assert_close(rank["reference"], alone["reference"])
     assert sorted(torch.cat([rank["trained"] for rank in ranks]).tolist()) == sorted(alone["trained"].tolist())
     assert sorted(torch.cat([rank["recorded"] for rank in ranks]).tolist()) == sorted([*range(24), *range(24)])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("what", ["mimic all", "mimic mimic", "mimic text"])
+def test_mimic_scores_and_weights_are_of_the_whole_super_batch_for_any_number_of_ranks(
+    results, what: str, world_size: int
+) -> None:
+    alone, ranks = results[1][0][what], [saved[what] for saved in results[world_size]]
+    order = torch.cat([rank["address"] for rank in ranks]).argsort()
+    for name, bound in (("scores", 1e-4), ("weights", 1e-3)):
+        together = torch.cat([rank[name] for rank in ranks], dim=1)[:, order]
+        torch.testing.assert_close(together, alone[name], rtol=bound, atol=bound, msg=lambda text: f"{what}: {text}")
+    assert alone["weights"].mean().item() == pytest.approx(1.0) and alone["weights"].std() > 0.01
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rank["layer"], alone["layer"], rtol=1e-3, atol=1e-4)
