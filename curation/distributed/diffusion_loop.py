@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
+from PIL import Image
 
 from curation.data import storage
 from curation.models.frozen import Frozen, load_frozen
@@ -73,7 +74,7 @@ def run_unit(recipe: DiffusionRecipe, unit: Unit, images: torch.Tensor, judge: F
     model = Diffusion(recipe.generator.spec(), seed=unit.seed, device=device)
     state = unit_url(recipe.output, unit, "state.pt")
     if storage.exists(state):
-        model.load_state_dict(torch.load(io.BytesIO(storage.read_bytes(state)), weights_only=True))
+        model.load_state_dict(torch.load(io.BytesIO(storage.read_bytes(state)), weights_only=True, map_location="cpu"))
     losses = []
     while model.step < unit.steps:
         losses.append(model.train_step(images[rows]))
@@ -89,8 +90,6 @@ def run_unit(recipe: DiffusionRecipe, unit: Unit, images: torch.Tensor, judge: F
 
 def embedded(judge: Frozen, images: np.ndarray) -> np.ndarray:
     """Features (n, F) float32 of images (n, S, S, 3) uint8, by the network's own transform."""
-    from PIL import Image
-
     parts = []
     for at in range(0, len(images), EMBED_BATCH):
         resized = [judge.resize(Image.fromarray(image)) for image in images[at : at + EMBED_BATCH]]

@@ -110,10 +110,15 @@ def _commit_to(recipe: DiffusionRecipe) -> None:
             {number: record["key"] for number, record in manifest.committed(recipe.run, "embed").items()}
         ),
     }
+    arms = {arm.name: {"source": arm.source, "steps": arm.steps or recipe.steps} for arm in recipe.all_arms()}
+    known: dict[str, Any] = {}
     if storage.exists(url):
-        manifest.check_same(manifest.read(url)["made_by"], made_by, what="a study")
-        return
-    whole = {"format_version": FORMAT_VERSION, "made_by": made_by, "recipe": json.loads(recipe.model_dump_json())}
+        held = manifest.read(url)
+        known = held["arms"]
+        manifest.check_same(held["made_by"], made_by, what="a study")
+        for name in arms.keys() & known.keys():
+            manifest.check_same(known[name], arms[name], what=f"the arm {name}")
+    whole = {"format_version": FORMAT_VERSION, "made_by": made_by, "arms": known | arms}
     storage.write_bytes(url, json.dumps(whole, indent=1).encode())
 
 

@@ -96,6 +96,8 @@ def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_si
     assert done == {path: path.stat().st_mtime_ns for path in tmp_path.glob("units/*/samples.npy")}
     with pytest.raises(OtherRun, match="a study made with another recipe .*steps was 4, now 5"):
         study_diffusion(recipe.model_copy(update={"steps": 5}))
+    with pytest.raises(OtherRun, match='the arm coreset made with another recipe .*source was "coreset", now "full"'):
+        study_diffusion(recipe.model_copy(update={"arms": ("coreset=full",)}))
 
 
 def test_a_model_whose_training_was_killed_goes_on_from_its_checkpoint(

@@ -6,7 +6,7 @@ import pytest
 from curation.columns import FORMAT_VERSION
 from curation.recipe import CurateRecipe, Select, Threshold, TrainRecipe
 from jobs.command import load_recipe
-from jobs.recipes import CURATE, TRAIN, straw_men
+from jobs.recipes import CURATE, DIFFUSION, TRAIN, straw_men
 
 load = partial(load_recipe, recipes=CURATE, recipe_type=CurateRecipe)
 load_train = partial(load_recipe, recipes=TRAIN, recipe_type=TrainRecipe)
@@ -102,3 +102,24 @@ def test_a_straw_man_is_one_number_alone():
         "aesthetic": "aesthetic.score",
     }
     assert {step.keep_fraction for step in straw.values()} == {0.2}
+
+
+def test_the_recipe_lightly_is_the_articles_set_up() -> None:
+    recipe = DIFFUSION["lightly"]()
+    generator = recipe.generator
+    assert (generator.image_size, generator.batch_size, recipe.keep, recipe.samples) == (128, 32, 1000, 10_000)
+    steps = {arm.name: (arm.source, arm.steps or recipe.steps) for arm in recipe.all_arms()}
+    assert steps == {
+        "random": ("uniform", 20_000),
+        "coreset": ("coreset", 20_000),
+        "typicality": ("typicality", 20_000),
+        "full": ("full", 20_000),
+        "full-70k": ("full", 70_000),
+    }
+    assert recipe.seeds >= 2 and (recipe.network.library, recipe.network.model) == ("timm", "vit_large_patch14_dinov2")
+    assert (generator.prediction, generator.schedule, generator.ema_decay, generator.ema_every) == (
+        "v_prediction",
+        "sigmoid",
+        0.995,
+        10,
+    )
