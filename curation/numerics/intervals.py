@@ -39,10 +39,7 @@ def t_95(degrees: int) -> float:
         return T_95[degrees - 1]
     z, third = Z_95, 3 * Z_95**7 + 19 * Z_95**5 + 17 * Z_95**3 - 15 * Z_95
     return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + third / (384 * degrees**3)
+        z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2) + third / (384 * degrees**3)
     )
 
 
