@@ -37,8 +37,10 @@ def t_95(degrees: int) -> float:
         raise ValueError(f"degrees must be at least 1, got {degrees}")
     if degrees <= len(T_95):
         return T_95[degrees - 1]
-    z = Z_95
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    z, third = Z_95, 3 * Z_95**7 + 19 * Z_95**5 + 17 * Z_95**3 - 15 * Z_95
+    return (
+        z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2) + third / (384 * degrees**3)
+    )
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -122,10 +122,7 @@ def test_hostile_captions_fields_and_keys_are_text(write_run) -> None:
     assert shown.count("script") == 1  # the calculator
     assert not [name for tag, attrs in shown.tags for name in attrs if name.startswith("on")]
     assert not set("\u202e\u2066\x00\x07") & set(shown.html)
-    assert all(
-        re.search("<script>alert|onerror=alert|onload=alert", text) is None
-        for text in re.findall(r"<[^>]*>", shown.html)
-    )
+    assert all((attrs["src"] or "").startswith("data:") for tag, attrs in shown.tags if tag == "img")
     text = "".join(shown.texts)
     assert "<script>alert(1)</script>" in text and "{{ 7 * 7 }}{% raw %}" in text
     assert "صورة لقطة حمراء على سجادة" in text
