@@ -6,7 +6,7 @@
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
-    plan     600,000 shards listed, planned and resumed: seconds and memory
+    plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
 
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import ablate, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select
+from jobs.benchmarks import ablate, capacity, decode, embed, feed, ingest, ledger, ledger_actors, plan, race, select
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.tracks import TRACKS
 
@@ -31,6 +31,17 @@ def _ledger(given: argparse.Namespace) -> dict[str, Any]:
     alone = ledger.in_process(pairs=given.pairs, tiny=given.tiny)
     actors = ledger_actors.through_actors(pairs=given.pairs, tiny=given.tiny)
     return {**provenance(), "benchmark": "ledger", "in_process": alone, "through_actors": actors}
+
+
+def _priced(given: argparse.Namespace) -> dict[str, Any]:
+    return capacity.priced(
+        given.rates,
+        given.prices,
+        samples=given.samples,
+        hours=given.hours,
+        samples_per_shard=given.samples_per_shard,
+        keep_fraction=given.keep_fraction,
+    )
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -42,7 +53,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
-    "plan": lambda given: plan.benchmark(tiny=given.tiny),
+    "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
 }
@@ -59,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
     parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
     parser.add_argument("--folder", type=Path, default=Path("out/race"), help="race: where the runs go (out/race)")
+    parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
+    parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
+    parser.add_argument("--rates", type=Path, default=Path("cluster/rates.json"), help="plan: measured rates")
+    parser.add_argument("--prices", type=Path, default=Path("cluster/prices.json"), help="plan: what is paid")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="plan: (10000)")
+    parser.add_argument("--keep-fraction", type=float, default=0.3, help="plan: share that is written out again (0.3)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)
