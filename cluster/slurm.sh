@@ -33,19 +33,22 @@ python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TO
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head="${nodes[0]}"
 port=$(( 20000 + SLURM_JOB_ID % 10000 )) # two jobs on one machine must not meet
+agent=$(( 40000 + SLURM_JOB_ID % 10000 ))
 address="$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}'):${port}"
 temp="/tmp/ray-${SLURM_JOB_ID}" # short: a socket's path has at most 107 characters
 
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" \
   ray start --head --block --node-ip-address="${address%:*}" --port="$port" --num-cpus=0 --num-gpus=0 \
-  --dashboard-host=127.0.0.1 --dashboard-port="$(( port + 10000 ))" --temp-dir="$temp" --disable-usage-stats &
+  --dashboard-host=127.0.0.1 --dashboard-port="$(( port + 10000 ))" --dashboard-agent-listen-port="$agent" \
+  --ray-client-server-port="$(( port + 30000 ))" --temp-dir="$temp" --disable-usage-stats &
 for _ in $(seq 60); do
   if RAY_ADDRESS="$address" ray status > /dev/null 2>&1; then break; fi
   sleep 2
 done
 if (( ${#nodes[@]} > 1 )); then
   srun --nodes="$(( ${#nodes[@]} - 1 ))" --ntasks="$(( ${#nodes[@]} - 1 ))" --overlap --exclude="$head" \
-    ray start --block --address="$address" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --disable-usage-stats &
+    ray start --block --address="$address" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" \
+    --dashboard-agent-listen-port="$agent" --disable-usage-stats &
 fi
 
 RAY_ADDRESS="$address" CURATION_RUN_ID="slurm-${SLURM_JOB_ID}" python -m "$@" --compute.wait-for-nodes-s 600 --log-json &

@@ -8,7 +8,7 @@
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
     mimic    Grad-Mimic on linear probes under label noise, against its rivals and controls; what a step of it costs
-    plan     600,000 shards listed, planned and resumed: seconds and memory
+    plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
     subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
@@ -28,6 +28,7 @@ from typing import Any
 
 from jobs.benchmarks import (
     ablate,
+    capacity,
     decode,
     dedup,
     embed,
@@ -53,6 +54,17 @@ def _ledger(given: argparse.Namespace) -> dict[str, Any]:
     return {**provenance(), "benchmark": "ledger", "in_process": alone, "through_actors": actors}
 
 
+def _priced(given: argparse.Namespace) -> dict[str, Any]:
+    return capacity.priced(
+        given.rates,
+        given.prices,
+        samples=given.samples,
+        hours=given.hours,
+        samples_per_shard=given.samples_per_shard,
+        keep_fraction=given.keep_fraction,
+    )
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ablate": lambda given: ablate.benchmark(
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
@@ -64,7 +76,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
     "mimic": lambda given: mimic.benchmark(seeds=given.seeds, pairs=given.pairs, tiny=given.tiny, folder=given.folder),
-    "plan": lambda given: plan.benchmark(tiny=given.tiny),
+    "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
@@ -89,6 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
+    parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
+    parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
+    parser.add_argument("--rates", type=Path, default=Path("cluster/rates.json"), help="plan: measured rates")
+    parser.add_argument("--prices", type=Path, default=Path("cluster/prices.json"), help="plan: what is paid")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="plan: (10000)")
+    parser.add_argument("--keep-fraction", type=float, default=0.3, help="plan: share that is written out again (0.3)")
     parser.add_argument("--tiny", action="store_true", help="the smallest size")
     parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
     given = parser.parse_args(arguments)

@@ -59,7 +59,7 @@ class Head:
 
     def __init__(self, folder: Path):
         self._token = secrets.token_hex(32)
-        port, dashboard, self.metrics_port = free_ports(3)
+        port, dashboard, agent, client, self.metrics_port = free_ports(5)
         self._address = f"http://127.0.0.1:{dashboard}"
         self._env = {
             **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")},
@@ -74,6 +74,9 @@ class Head:
             "port": port,
             "dashboard-host": "127.0.0.1",
             "dashboard-port": dashboard,
+            # Its usual port may be another head's on this machine; without its agent a head takes no job.
+            "dashboard-agent-listen-port": agent,
+            "ray-client-server-port": client,
             "metrics-export-port": self.metrics_port,
             "num-cpus": 4,
             "object-store-memory": 200 << 20,

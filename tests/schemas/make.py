@@ -1,7 +1,7 @@
 """`python tests/schemas/make.py FOLDER`: kuberay.json out of KubeRay's CRD files (ray.io_rayclusters.yaml and so on).
 
-What is kept is the `v1` schema of each kind, as a JSON schema. Descriptions go; a part that occurs several times (a pod,
-in every kind) is kept once, in `$defs`. Unknown fields are refused, as `kubectl --validate=strict` does.
+What is kept is the `v1` schema of each kind, as a JSON schema. Descriptions go; a part that occurs several times (a
+pod, in every kind) is kept once, in `$defs`. Unknown fields are refused, as `kubectl --validate=strict` does.
 """
 
 from __future__ import annotations
