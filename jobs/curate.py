@@ -94,6 +94,14 @@ def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
         print(f"  embed  {shard.number:08d}  {shard.url}")
     if len(plan.todo) > 5:
         print(f"  ... and {len(plan.todo) - 5:,} more")
+    for exclude in recipe.exclude:
+        print(f"  leave out {exclude.name}: by {exclude.by}, {exclude.files}")
+    if recipe.holdout:
+        print(f"  hold out {', '.join(recipe.holdout.parts)}; choose from {recipe.holdout.keep}")
+    for name, run in recipe.decontaminate.sets.items() if recipe.decontaminate else ():
+        print(f"  leave out copies in {name}: {run}")
+    for column in recipe.columns:
+        print(f"  make column {column.name}: {column.make}")
     for step in recipe.selection:
         print(f"  select {step.name}: {step.model_dump(exclude_defaults=True)}")
     print(f"  write  {'tables and tars' if recipe.write.tars else 'tables'}")

@@ -30,6 +30,30 @@ def test_dry_run_prints_the_plan_and_touches_nothing(
     assert "1 shards; 1 to embed" in said and "00000.tar" in said and "nothing was touched" in said
 
 
+def test_dry_run_tells_what_is_always_left_out_and_which_columns_are_made(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {
+        "exclude": '[{"name": "opt-out", "files": "lists/*.txt", "by": "url"}]',
+        "holdout": '{"parts": {"reference": [0, 0.1], "test": [0.1, 0.2]}, "keep": "test"}',
+        "decontaminate": '{"sets": {"flickr": "runs/flickr"}}',
+        "columns": '[{"make": "language", "model": "lid.176.ftz"}]',
+        "selection": '[{"column": "language.label", "one_of": ["en"]}, {"balance": "url_domain", "cap": 3}]',
+    }
+    flags = [word for name, text in fields.items() for word in (f"--{name}", text)]
+    assert job.main(["debug", "--dry-run", "--pool.shards", str(pool), "--output", str(tmp_path / "o"), *flags]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "leave out opt-out: by url, lists/*.txt",
+        "hold out reference, test; choose from test",
+        "leave out copies in flickr: runs/flickr",
+        "make column language: language",
+        "select language.label in en",
+        "select balance url_domain: cap 3",
+    ):
+        assert line in said
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -40,6 +64,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(
         (["debug", "--dry-run", "--pool.shards", "POOL"], "output is empty"),
         (["debug", "--pool.shards", "POOL", "--embed.model", "nanno", "--output", "OUT"], "nano"),
         (["debug", "--max-drop-fraction", "2"], "max_drop_fraction"),
+        (["debug", "--holdout", '{"parts": {"a": [0, 0.2], "b": [0.1, 0.3]}}'], "overlaps"),
         (["debug", "--selection", '[{"method": {"name": "clip_scor"}, "keep": 3}]'], "clip_score"),
     ],
 )
