@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from curation.data import storage
 from curation.distributed.arms import columns_of
@@ -56,16 +55,14 @@ def _check(recipe: Judged) -> None:
 
 
 def _judge_subsets(recipe: SubsetRecipe) -> int:
-    study = judge_subsets(recipe)
-    _say(study.overlap, study.warnings)
+    study = judge_subsets(recipe, told=_say)
     print(f"features {study.features}, {study.rows:,} rows an arm, mean and deviation over {recipe.seeds} seeds")
     _print(table_of(study.arms))
     return EXIT_OK
 
 
 def _study_diffusion(recipe: DiffusionRecipe) -> int:
-    study = study_diffusion(recipe)
-    _say(study.overlap, study.warnings)
+    study = study_diffusion(recipe, told=_say)
     note = f"features {study.features}; {study.samples:,} samples a model; mean and deviation over {recipe.seeds} seeds"
     print(note)
     table = table_of(study.arms)
@@ -83,7 +80,7 @@ def _study_diffusion(recipe: DiffusionRecipe) -> int:
     return EXIT_OK
 
 
-def _say(overlap: Mapping[str, Mapping[str, Any]], warnings: Sequence[str]) -> None:
+def _say(overlap: Mapping[str, Mapping[str, int]], warnings: Sequence[str]) -> None:
     """First of all: what of the samples that are measured against the selection itself holds."""
     for arm, told in overlap.items():
         share = told["held_by_the_selection"] / told["evaluated"]
