@@ -2,6 +2,7 @@
 
     subset      the selected images themselves against their pool: distance, precision, recall, density, coverage
     diffusion   one generative model per selection and seed, trained side by side; its samples, and a page to look at
+    correlation SEED [SEED ...]: do the scores of a pool's samples agree?
 
 RUN is the pool, a run of `jobs.curate`; --arms names the selections: random, full, a method, another run, a file of
 uids. What is done is not done again: the same command goes on after a crash, and with more seeds or arms adds those.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from curation.data import storage
 from curation.distributed.arms import columns_of
@@ -22,6 +22,7 @@ from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run, judge_subsets, table_of
 from curation.recipe.evaluate import DiffusionRecipe, Judged, SubsetRecipe
 from curation.report.samples_page import page
+from jobs import correlation
 from jobs.command import EXIT_OK, EXIT_USAGE, Command
 from jobs.recipes import DIFFUSION, SUBSET
 
@@ -47,7 +48,11 @@ def _diffusion(arguments: list[str]) -> int:
     )
 
 
-KINDS: dict[str, Callable[[list[str]], int]] = {"subset": _subset, "diffusion": _diffusion}
+KINDS: dict[str, Callable[[list[str]], int]] = {
+    "subset": _subset,
+    "diffusion": _diffusion,
+    "correlation": correlation.main,
+}
 
 
 def _check(recipe: Judged) -> None:
@@ -57,16 +62,14 @@ def _check(recipe: Judged) -> None:
 
 
 def _judge_subsets(recipe: SubsetRecipe, stop: Stop) -> int:
-    study = judge_subsets(recipe)
-    _say(study.overlap, study.warnings)
+    study = judge_subsets(recipe, told=_say)
     print(f"features {study.features}, {study.rows:,} rows an arm, mean and deviation over {recipe.seeds} seeds")
     _print(table_of(study.arms))
     return EXIT_OK
 
 
 def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
-    study = study_diffusion(recipe)
-    _say(study.overlap, study.warnings)
+    study = study_diffusion(recipe, told=_say)
     note = f"features {study.features}; {study.samples:,} samples a model; mean and deviation over {recipe.seeds} seeds"
     print(note)
     table = table_of(study.arms)
@@ -84,7 +87,7 @@ def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
     return EXIT_OK
 
 
-def _say(overlap: Mapping[str, Mapping[str, Any]], warnings: Sequence[str]) -> None:
+def _say(overlap: Mapping[str, Mapping[str, int]], warnings: Sequence[str]) -> None:
     """First of all: what of the samples that are measured against the selection itself holds."""
     for arm, told in overlap.items():
         share = told["held_by_the_selection"] / told["evaluated"]

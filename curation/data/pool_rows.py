@@ -17,6 +17,7 @@ from PIL import Image
 from curation.data import manifest, shard_list, storage, tables
 from curation.data.images import pixels
 from curation.data.rows import read_rows
+from curation.data.shard_list import Shard
 from curation.data.shards import ReadRules
 
 DECODE_THREADS = 2
@@ -26,8 +27,8 @@ ROWS_AT_A_TIME = 512
 def read_pool(run: str, columns: Sequence[str]) -> pa.Table:
     """Columns of all rows that were embedded, in order of address. ValueError if there is none."""
     parts = []
-    for number in _numbers(run):
-        table = tables.read(run, number, list(dict.fromkeys([*columns, "status"])))
+    for shard in _shards(run):
+        table = tables.read(run, shard.number, list(dict.fromkeys([*columns, "status"])))
         parts.append(table.filter(pc.field("status") == "ok").select(list(columns)))
     whole = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
     if not len(whole):
@@ -46,9 +47,7 @@ def read_pixels(run: str, *, side: int, rules: ReadRules, max_pixels: int) -> np
 
     parts: list[np.ndarray] = []
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for shard in shard_list.load(run):
-            if shard.number not in set(_numbers(run)):
-                continue
+        for shard in _shards(run):
             wanted = np.flatnonzero(tables.read(run, shard.number, ["status"])["status"].to_numpy() == "ok")
             for at in range(0, len(wanted), ROWS_AT_A_TIME):
                 read = read_rows(run, shard.number, shard.url, wanted[at : at + ROWS_AT_A_TIME], [], rules=rules)
@@ -71,8 +70,9 @@ def selected_uids(source: str) -> list[str]:
 
     ValueError if it is none of these.
     """
-    url = storage.join(source, "selection", "selected.parquet") if "." not in source.rpartition("/")[2] else source
-    if not url.endswith((".npy", ".parquet")) or not storage.exists(url):
+    is_file = source.endswith((".npy", ".parquet"))
+    url = source if is_file else storage.join(source, "selection", "selected.parquet")
+    if not storage.exists(url):
         raise ValueError(f"{source!r} is no method, no run with a selection, and no .npy or .parquet file of uids")
     with storage.open_read(url) as file:
         if url.endswith(".npy"):
@@ -81,7 +81,7 @@ def selected_uids(source: str) -> list[str]:
         return pq.read_table(file, columns=["uid"])["uid"].to_pylist()
 
 
-def _numbers(run: str) -> list[int]:
+def _shards(run: str) -> list[Shard]:
     """The shards that are embedded and not retired."""
     embedded = manifest.committed(run, "embed")
-    return [shard.number for shard in shard_list.load(run) if shard.number in embedded and not shard.retired]
+    return [shard for shard in shard_list.load(run) if shard.number in embedded and not shard.retired]

@@ -5,7 +5,7 @@ N rows of the pool, k rows of an arm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from curation.recipe.parts import WeightsSource
 from curation.selector import Rows
 
 EVERYTHING = "full"
+Told = Callable[[Mapping[str, Mapping[str, int]], Sequence[str]], None]
+"""Hears, before any figure, the overlap of each arm and the warnings."""
 
 
 def columns_of(arms: Sequence[Arm], *, selected_on: str) -> list[str]:
@@ -97,7 +99,7 @@ def _rows(pool: pa.Table, needs: frozenset[str]) -> Rows:
         if name == "uid":
             rows[name] = torch.from_numpy(sampling.uid_words(pool[name].to_pylist()).view(np.int64))
         else:
-            rows[name] = torch.from_numpy(tables.as_array(pool[name], name=name)).float()
+            rows[name] = torch.from_numpy(tables.as_array(pool[name], name=name).astype(np.float32))
     return rows
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray.train
+import ray.train.torch
 import torch
 from PIL import Image
 

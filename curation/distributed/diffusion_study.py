@@ -29,7 +29,7 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.data.lease import Lease
 from curation.data.pool_rows import read_pixels, read_pool
-from curation.distributed.arms import choose, columns_of, overlap, shared_features
+from curation.distributed.arms import Told, choose, columns_of, overlap, shared_features
 from curation.distributed.diffusion_loop import Unit, diffusion_loop, is_done, load_array, save_array, unit_url
 from curation.distributed.resources import cluster
 from curation.distributed.subset_study import checked_run
@@ -60,8 +60,11 @@ class DiffusionStudy:
     format_version: int = FORMAT_VERSION
 
 
-def study_diffusion(recipe: DiffusionRecipe) -> DiffusionStudy:
-    """Run what is not done yet and measure all. ValueError or OtherRun if it cannot run, TrainFailed if it stops."""
+def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, warnings: None) -> DiffusionStudy:
+    """Run what is not done yet and measure all; what the selections share with the evaluation is `told` first.
+
+    ValueError or OtherRun if it cannot run, TrainFailed if it stops.
+    """
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
     recipe = recipe.model_copy(update={"run": checked_run(recipe.run), "output": storage.absolute(recipe.output)})
@@ -76,13 +79,14 @@ def study_diffusion(recipe: DiffusionRecipe) -> DiffusionStudy:
             for arm in arms
         ]
         held = {unit.arm: overlap(pool, _rows_of(recipe, unit, pool), pool) for unit in units}
+        network = recipe.network
+        measured_by = frozenset({frozen_digest(network.library, network.model, **network.source())})
+        warnings = shared_features(recipe.run, selected_on=recipe.selected_on, measured_by=measured_by)
+        told(held, warnings)
         # The longest first, so that no worker is left with a long one at the end.
         todo = sorted((unit for unit in units if not is_done(recipe.output, unit)), key=lambda unit: -unit.steps)
         if todo or not storage.exists(storage.join(recipe.output, "features.npy")):
             _train(recipe, todo)
-        network = recipe.network
-        measured_by = frozenset({frozen_digest(network.library, network.model, **network.source())})
-        warnings = shared_features(recipe.run, selected_on=recipe.selected_on, measured_by=measured_by)
         study = _measured(recipe, units, held, warnings=warnings)
         storage.write_bytes(
             storage.join(recipe.output, "diffusion.json"), json.dumps(dataclasses.asdict(study), indent=1).encode()
@@ -157,7 +161,8 @@ def _train(recipe: DiffusionRecipe, units: list[Unit]) -> None:
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
             run_config=RunConfig(
-                name="workers",
+                # Another name at each start: a run of Ray's that ended is not to be gone on with.
+                name=units[0].name if units else "pool",
                 storage_path=storage.join(recipe.output, "train"),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),

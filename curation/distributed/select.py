@@ -26,11 +26,11 @@ import torch
 
 from curation import addresses
 from curation.columns import JSON_PREFIX
-from curation.data import manifest, row_tests, storage, tables, verdicts
+from curation.data import manifest, storage, tables, verdicts
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
 from curation.data.labels import LABELS, URL_COLUMNS
-from curation.data.row_tests import RowTest, Within
+from curation.data.row_tests import RowTest
 from curation.data.tallies import EXAMPLES, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.data.verdicts import Verdict, stored_part
@@ -159,11 +159,7 @@ def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) 
 
 def _test_of(step: Threshold | OneOf | Select | RowTest) -> RowTest | Select:
     """A filter of the recipe as the test that it is."""
-    if isinstance(step, Threshold):
-        return Within(step.name, step.column, step.at_least, step.at_most, step.nulls)
-    if isinstance(step, OneOf):
-        return row_tests.OneOf(step.name, step.column, step.one_of, step.nulls)
-    return step
+    return step.test() if isinstance(step, Threshold | OneOf) else step
 
 
 def _seed_of_step(seed: int, place: int) -> int:

@@ -12,12 +12,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage, tables
 from curation.data.pool_rows import read_pool
-from curation.distributed.arms import choose, columns_of, networks_of, overlap, shared_features
+from curation.distributed.arms import Told, choose, columns_of, networks_of, overlap, shared_features
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.evaluation.compare import Reference
 from curation.recipe.evaluate import SubsetRecipe
@@ -35,29 +36,34 @@ class SubsetStudy:
     format_version: int = FORMAT_VERSION
 
 
-def judge_subsets(recipe: SubsetRecipe) -> SubsetStudy:
-    """Run a study and keep it in OUTPUT/subset.json. ValueError if it cannot run as it is."""
+def judge_subsets(recipe: SubsetRecipe, *, told: Told = lambda overlap, warnings: None) -> SubsetStudy:
+    """Run a study and keep it in OUTPUT/subset.json; what the selections share with the pool is `told` first.
+
+    ValueError if it cannot run as it is.
+    """
     run = checked_run(recipe.run)
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
     arms = recipe.all_arms()
     pool = read_pool(run, [*{*columns_of(arms, selected_on=recipe.selected_on), recipe.features}])
-    features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features)).float()
+    features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features).astype(np.float32))
     reference = Reference(features, max_width=recipe.max_width)
     figures: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
+    warnings = shared_features(run, selected_on=recipe.selected_on, measured_by=networks_of(run, recipe.features))
     held: dict[str, dict[str, int]] = {}
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         rows = {
             arm.name: choose(arm, pool, keep=recipe.keep, selected_on=recipe.selected_on, seed=seed, cut_full=True)
             for arm in arms
         }
-        held = {name: overlap(pool, chosen, pool) for name, chosen in rows.items()}
+        if not held:
+            held = {name: overlap(pool, chosen, pool) for name, chosen in rows.items()}
+            told(held, warnings)
         compared = reference.compare({name: features[chosen] for name, chosen in rows.items()}, seed=seed)
         for name, one in compared.items():
             for measure, value in one._asdict().items():
                 if measure != "rows":
                     figures[name].setdefault(measure, []).append(value)
-    warnings = shared_features(run, selected_on=recipe.selected_on, measured_by=networks_of(run, recipe.features))
     study = SubsetStudy(recipe.features, recipe.keep, figures, held, warnings)
     storage.write_bytes(
         storage.join(storage.absolute(recipe.output), "subset.json"),

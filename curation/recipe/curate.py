@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from curation.data import row_tests
 from curation.data.derived_columns import DERIVED
+from curation.data.row_tests import RowTest, Within
 from curation.data.tables import check_piece_name
 from curation.recipe.balance import Audit, Balance
 from curation.recipe.guards import DecontaminateArgument, ExcludeArgument, HoldoutArgument
@@ -109,6 +111,10 @@ class Threshold(Part):
         high = f" <= {self.at_most:g}" if self.at_most is not None else ""
         return f"{low}{self.column}{high}"
 
+    def test(self) -> RowTest:
+        """What it asks of a row."""
+        return Within(self.name, self.column, self.at_least, self.at_most, self.nulls)
+
 
 class OneOf(Part):
     """A filter: keep the rows whose column is one of some words."""
@@ -123,6 +129,10 @@ class OneOf(Part):
     def name(self) -> str:
         """What the account calls this step."""
         return f"{self.column} in {', '.join(self.one_of)}"
+
+    def test(self) -> RowTest:
+        """What it asks of a row."""
+        return row_tests.OneOf(self.name, self.column, self.one_of, self.nulls)
 
 
 class Select(Part):

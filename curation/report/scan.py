@@ -25,7 +25,7 @@ from curation.columns import JSON_PREFIX
 from curation.data import derived_columns, storage, tables
 from curation.data.derived_columns import DERIVED, sources_of
 from curation.numerics.sampling import hash_words
-from curation.recipe import Select, Step, Threshold
+from curation.recipe import OneOf, Select, Step, Threshold
 
 SAMPLE_ROWS = 1_000_000
 SHOWN = 24
@@ -187,7 +187,7 @@ def _plan(run: str, numbers: Sequence[int], steps: Sequence[Step], group_by: Seq
     wanted += [ranked_by] if ranked_by in types else []
     scores = list(dict.fromkeys([*wanted, *sorted(floats, key=lambda name: (name.startswith(JSON_PREFIX), name))]))
     groups = _groups(types, group_by)
-    tested = {name for step in steps if isinstance(step, Threshold) for name in sources_of(step.column)}
+    tested = {name for step in steps if isinstance(step, Threshold | OneOf) for name in step.test().needs}
     sources = {source for names, _ in groups.values() for source in names}
     needed = ["address", "uid", "status", "reason", "sha256", *sorted(tested | sources), *scores[:MAX_SCORES]]
     return _Plan(
@@ -271,8 +271,8 @@ def _outcome(table: pa.Table, steps: Sequence[Step], *, is_kept: np.ndarray, is_
     A row is charged to the first filter that it does not pass, and otherwise to the last selector.
     """
     what = np.full(table.num_rows, last_selector(steps), dtype=object)
-    for step in reversed([step for step in steps if isinstance(step, Threshold)]):
-        what[~passes(step, table)] = step.name
+    for step in reversed([step for step in steps if isinstance(step, Threshold | OneOf)]):
+        what[~step.test().passes(table)] = step.name
     what[is_copy] = DUPLICATE
     what[is_kept] = "kept"
     reasons = np.asarray(table["reason"].to_pylist(), dtype=object)
@@ -284,14 +284,6 @@ def _outcome(table: pa.Table, steps: Sequence[Step], *, is_kept: np.ndarray, is_
 def last_selector(steps: Sequence[Step]) -> str:
     """What a row is charged to that passes all filters and was not kept."""
     return next((step.name for step in reversed(steps) if isinstance(step, Select)), NOT_SELECTED)
-
-
-def passes(step: Threshold, table: pa.Table) -> np.ndarray:
-    """Which rows a filter lets through, (n,) bool."""
-    values = derived_columns.numbers(table, step.column)
-    low = -np.inf if step.at_least is None else step.at_least
-    high = np.inf if step.at_most is None else step.at_most
-    return np.where(np.isnan(values), step.nulls == "keep", (values >= low) & (values <= high))
 
 
 def _near_the_cut(

@@ -67,7 +67,7 @@ def test_subsets_are_judged_and_say_first_what_they_hold_of_what_they_are_measur
     for figures in study["arms"].values():
         assert all(len(values) == 2 for values in figures.values()) and figures["distance"][0] > 0
         assert all(0 <= value <= 1 for name in ("precision", "recall", "coverage") for value in figures[name])
-    assert study["arms"]["coreset"]["precision"] != study["arms"]["random"]["precision"]
+    assert study["arms"]["coreset"]["distance"] != study["arms"]["random"]["distance"]
 
 
 @pytest.mark.slow
