@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from curation.distributed import stored_columns
 from curation.distributed.guards import embedded_by
 from curation.distributed.stored_columns import ColumnMaker
 from curation.distributed.tasks import in_groups, ordered
-from curation.models.heads import HeadLayout, head_digest, load_head
-from curation.models.language import language_model_digest, load_language_model
+from curation.models.heads import Head, HeadLayout, head_digest, load_head
+from curation.models.language import Identify, language_model_digest, load_language_model
 from curation.numerics.neighbors import fit_centroids, nearest_centroids
 from curation.numerics.sampling import tie_hash, uid_words
 from curation.recipe import CurateRecipe
@@ -68,14 +69,28 @@ class Languages:
     def make(self, table: pa.Table) -> dict[str, pa.Array]:
         """The likeliest language of each caption; a caption that is null, as cached embeddings may have, has none."""
         captions = table["caption"]
-        labels, probabilities = _language_model(self.model)(captions.drop_null().to_pylist())
+        labels, probabilities = _language_model(self.model, self.digest)(captions.drop_null().to_pylist())
         has_caption = captions.is_valid().to_numpy()
         columns = {"label": pa.array(labels, pa.string()), "probability": pa.array(probabilities, pa.float32())}
         return {part: stored_columns.aligned(values, has_caption) for part, values in columns.items()}
 
 
-_language_model = functools.lru_cache(maxsize=1)(load_language_model)
-_head = functools.lru_cache(maxsize=4)(load_head)
+@functools.lru_cache(maxsize=1)
+def _language_model(path: str, digest: str) -> Identify:
+    _check_file(path, language_model_digest(path), digest)
+    return load_language_model(path)
+
+
+@functools.lru_cache(maxsize=4)
+def _head(path: str, layout: HeadLayout, digest: str) -> Head:
+    _check_file(path, head_digest(path, layout), digest)
+    return load_head(path, layout)
+
+
+def _check_file(path: str, digest: str, wanted: str) -> None:
+    """ValueError if a node's file is not the one by which the column is known."""
+    if digest != wanted:
+        raise ValueError(f"{path} on {socket.gethostname()} is another file than where the job runs")
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,9 @@ class HeadScores:
         rows = table.filter(pa.array(has_value))
         scores = np.zeros(0, np.float32)
         if rows.num_rows:
-            scores = _head(self.checkpoint, self.layout)(tables.as_array(rows[self.column], name=self.column))
+            scores = _head(self.checkpoint, self.layout, self.digest)(
+                tables.as_array(rows[self.column], name=self.column)
+            )
         return {"score": stored_columns.aligned(pa.array(scores, pa.float32()), has_value)}
 
 

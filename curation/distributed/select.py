@@ -143,7 +143,8 @@ def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -
 def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
     """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
     filters = [step for step in steps if isinstance(step, (Threshold, OneOf)) and step.nulls == "drop"]
-    wanted = {step.column for step in filters} - DERIVED.keys() - LABELS.keys()
+    wanted = {step.column for step in filters} | {step.balance for step in steps if isinstance(step, Balance)}
+    wanted -= DERIVED.keys() | LABELS.keys()
     for step in steps:
         if isinstance(step, Select):
             wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}

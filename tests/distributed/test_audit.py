@@ -132,8 +132,9 @@ def test_a_window_that_misses_is_widened(pool: str, monkeypatch: pytest.MonkeyPa
 def test_words_of_the_pools_own_fields_are_a_filter(pool: str) -> None:
     _, kept = run(pool, [OneOf(column="url_domain", one_of=("b.org", "d.org"))])
     assert kept_by_domain(pool, kept).keys() == {"b.org", "d.org"}
-    with pytest.raises(ValueError, match="no shard has a column 'json.langauge'"):
-        run(pool, [OneOf(column="json.langauge", one_of=("en",))])
+    for step in (OneOf(column="json.langauge", one_of=("en",)), Balance(balance="json.langauge", cap=1)):
+        with pytest.raises(ValueError, match="no shard has a column 'json.langauge'"):
+            run(pool, [step])
 
 
 def test_the_waterfalls_examples_are_rows_that_the_step_removed(pool: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from curation.data import tables
 from curation.data.manifest import OtherRun
 from curation.distributed import stored_columns
-from curation.distributed.made_columns import sampled_rows
+from curation.distributed.made_columns import HeadScores, sampled_rows
 from curation.distributed.pipeline import Summary, curate
 from curation.numerics.sampling import tie_hash, uid_words
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Pool, Select, Threshold, Write
@@ -94,6 +94,9 @@ def test_a_heads_score_is_a_selectors(base: CurateRecipe, tmp_path: Path) -> Non
     order = np.argsort([-row["aesthetic.score"] for row in rows])
     assert kept_uids(base) == {rows[place]["uid"] for place in order[:40]}
     torch.save(nn.Linear(width, 1).state_dict(), tmp_path / "head.pth")
+    former = HeadScores("other", head.checkpoint, "linear", "image_embedding", digest="of the former file")
+    with pytest.raises(ValueError, match=r"head.pth on .* is another file than where the job runs"):
+        former.make(tables.read(base.output, 0, ["image_embedding"]))
     with pytest.raises(OtherRun, match="the column 'aesthetic' of shard 0"):
         again(base, columns=(head,))
 
