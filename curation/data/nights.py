@@ -7,7 +7,9 @@ in one write, so a reader sees the old night whole or the new one. Going back is
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from typing import Any
 
 from curation.columns import FORMAT_VERSION
@@ -46,6 +48,14 @@ def complete(output: str) -> list[str]:
     folder = storage.join(output, "nights")
     names = storage.folders_in(folder)
     return [name for name in names if storage.exists(storage.join(folder, name, NIGHT))]
+
+
+def new_name(output: str) -> str:
+    """A name for a night that begins now: its time, and a number if that is taken."""
+    now = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    taken = storage.folders_in(storage.join(output, "nights"))
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def keep(output: str, name: str, about: dict[str, Any]) -> None:

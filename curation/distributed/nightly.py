@@ -7,7 +7,6 @@ what it left behind has no night.json and is never pointed at.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import addresses
-from curation.data import drift, manifest, nights, storage, tables
+from curation.data import drift, manifest, nights, shard_list, storage, tables
 from curation.data.drift import Change
 from curation.data.json_columns import as_text
 from curation.data.lease import Lease
@@ -50,12 +49,12 @@ class Night:
 
 def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | None = None) -> Night:
     """Do a night. Errors as in `curate`."""
-    watch = watch or Watch()
+    watch, stop = watch or Watch(), stop or Stop()
     if not recipe.curate.output:
         raise ValueError("output is empty: name a folder or URL for the nights, as in --output DIR")
     output = storage.absolute(recipe.curate.output)
     run = recipe.curate.model_copy(update={"output": nights.run_url(output)})
-    with Lease(output), cluster(num_cpus=cpus_wanted(run.compute)):
+    with Lease(output), cluster(num_cpus=cpus_wanted(run.compute)), stop.on_sigterm(interrupts=True):
         summary = curate(run, watch=watch, stop=stop)
         if summary.failures or summary.stopped:
             return Night(summary)
@@ -68,7 +67,7 @@ def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | N
         now = _statistics(recipe, run.output, since=then["last_shard"] if then else -1)
         found = drift.changes(then, now) if then else []
         held_back = drift.beyond(found, recipe.drift.model_dump())
-        name = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+        name = nights.new_name(output)
         about = {
             **now,
             "kept_sha256": kept,
@@ -86,7 +85,8 @@ def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | N
 def _statistics(recipe: NightlyRecipe, run: str, *, since: int) -> dict[str, Any]:
     """What night.json says of the run's rows. Exact; each quantile is another pass over its column."""
     pieces = manifest.committed(run, EMBED_STAGE)
-    numbers = {"pool": sorted(pieces), "new": [number for number in sorted(pieces) if number > since]}
+    there = [shard.number for shard in shard_list.load(run) if shard.number in pieces and not shard.retired]
+    numbers = {"pool": there, "new": [number for number in there if number > since]}
     numbers["kept"] = numbers["pool"]
     return {
         "last_shard": max(numbers["pool"], default=-1),

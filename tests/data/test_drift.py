@@ -55,6 +55,14 @@ def test_a_quantile_that_one_night_lacks_is_left_out() -> None:
     assert len([change for change in found if change.kind == "quantile"]) == 4
 
 
+def test_two_nights_of_one_second_have_two_names(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = str(tmp_path)
+    monkeypatch.setattr(nights.time, "strftime", lambda *_: "now")
+    for name in ("now", "now-2", "now-3"):
+        assert nights.new_name(output) == name
+        storage.write_bytes(storage.join(nights.night_url(output, name), "README.md"), b"")
+
+
 def test_the_pointer_goes_forth_and_back_and_names_complete_nights_only(tmp_path: Any) -> None:
     output = str(tmp_path)
     assert nights.current(output) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
+from curation.distributed import resources
 from curation.distributed.resources import Placement, cpus_wanted, place
 from curation.recipe import Compute
 
@@ -60,3 +61,33 @@ def test_in_staged_mode_a_cpu_stays_free_for_the_decode_tasks() -> None:
 @pytest.mark.usefixtures("gpu_cluster")
 def test_in_staged_mode_gpu_actors_leave_all_cpus_to_the_decode_tasks() -> None:
     assert place(Compute(mode="staged"), precision="auto") == Placement("cuda", "bfloat16", 4, 0.0, 1.0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, float]]]:
+    """A cluster that has nothing, gets 2 GPUs after it was asked, and 4 at the next look; what it was asked for."""
+    asked: list[list[dict[str, float]]] = []
+    sizes = iter([0.0, 2.0, 4.0, 6.0])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": next(sizes)})
+    monkeypatch.setattr(resources, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(resources, "GROWTH_POLL_S", 0.0)
+    return asked
+
+
+def test_a_cluster_that_grows_is_asked_and_waited_for_and_the_request_is_taken_back(
+    asked: list[list[dict[str, float]]],
+) -> None:
+    placed = place(Compute(device="cuda", actors=4, wait_for_nodes_s=60), precision="auto")
+    assert placed.actors == 4
+    assert asked == [[{"GPU": 1.0}] * 4, []]
+
+
+def test_a_cluster_that_has_enough_is_not_asked(asked: list[list[dict[str, float]]]) -> None:
+    assert place(Compute(device="cpu", actors=2, wait_for_nodes_s=60), precision="auto").actors == 2
+    assert asked == []
+
+
+def test_when_the_time_is_over_what_is_there_decides(asked: list[list[dict[str, float]]]) -> None:
+    with pytest.raises(ValueError, match="the cluster has no GPU"):
+        place(Compute(device="cuda", actors=4, wait_for_nodes_s=1e-9), precision="auto")
+    assert asked == [[{"GPU": 1.0}] * 4, []]

@@ -1,0 +1,64 @@
+"""What a job says: plain lines, or JSON that carries the run's id and the facts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from jobs import curate, log
+
+
+@pytest.fixture(autouse=True)
+def plain_again() -> Iterator[None]:
+    yield
+    log.configure(as_json=False)
+
+
+def test_plain_lines_are_the_message_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(as_json=False)
+    log.say("10 shards", shards=10)
+    assert capsys.readouterr().err == "10 shards\n" and not log.is_json()
+
+
+def test_json_lines_carry_the_run_the_facts_and_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.RUN_ID_VARIABLE, "night-7")
+    log.configure(as_json=True)
+    log.say("10 shards", shards=10, output="s3://ü")
+    try:
+        raise OSError("no route")
+    except OSError:
+        logging.getLogger("curation.data.remote").exception("asked\nagain")
+    said = capsys.readouterr().err.splitlines()
+    first, second = (json.loads(line) for line in said)
+    assert (first["run"], first["message"], first["shards"], first["output"]) == ("night-7", "10 shards", 10, "s3://ü")
+    assert (first["level"], first["logger"]) == ("info", "curation.job") and first["time"].endswith("Z")
+    assert (second["level"], second["logger"]) == ("error", "curation.data.remote")
+    assert second["message"] == "asked\nagain" and "OSError: no route" in second["error"]
+
+
+def test_a_runs_id_is_what_is_given_else_the_submissions_else_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(log.RUN_ID_VARIABLE, raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert log.run_id() != log.run_id()
+    submitted = {"runtime_env": {}, "metadata": {"job_submission_id": "first"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
+    assert log.run_id() == "first"
+    monkeypatch.setenv(log.RUN_ID_VARIABLE, "given")
+    assert log.run_id() == "given"
+
+
+def test_a_jobs_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert curate.main(["debgu", "--log-json"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert told["exit_code"] == 2 and "did you mean 'debug'?" in told["message"]
+
+
+def test_a_limit_that_is_none_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert curate.main(["debug", "--max-hours", "0", "--pool.shards", "x", "--output", "y"]) == 2
+    assert "--max-hours must be more than 0" in capsys.readouterr().err
