@@ -118,7 +118,7 @@ def histogram(
         parts.append(Markup('<path class="cut-mark" d="M{} {}V{}"/>').format(x, top, HEIGHT - BOTTOM))
         parts.append(
             Markup('<text class="cut-label" x="{}" y="{}" text-anchor="{}">cut {}</text>').format(
-                at, top + 10, anchor, f"{cut:.4g}"
+                at, top + 10, anchor, f"{cut:.4g}".replace("-", "−")
             )
         )
     return _svg(parts, f"histogram of {x_label}", WIDTH)

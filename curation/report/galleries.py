@@ -62,7 +62,7 @@ def _band(scan: Scan, score: str, low: int, high: int) -> Gallery:
     least, most = np.quantile(known, [low / 100, high / 100])
     inside = np.flatnonzero((values >= least) & (values <= most))
     chosen = inside[np.argsort(_shuffled(scan.addresses[inside]), kind="stable")[:SHOWN]]
-    about = f"{score} from {least:.4g} to {most:.4g}"
+    about = f"{score} from {least:.4g} to {most:.4g}".replace("-", "−")
     return Gallery(f"Percentiles {low} to {high}", about, [scan.addresses[chosen].tolist()], "mixed")
 
 
