@@ -45,8 +45,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found.append(Change("kept", "kept: rows", *rows, _relative(*rows)))
     costs = then["groups"]["pool"], now["groups"]["new"]
     if all(cost["decoded"] for cost in costs):
-        seconds = [1000 * cost["actor_seconds"] / cost["decoded"] for cost in costs]
-        found.append(Change("cost", "new: actor seconds per 1,000 images", *seconds, _relative(*seconds)))
+        before, after = (1000 * cost["actor_seconds"] / cost["decoded"] for cost in costs)
+        found.append(Change("cost", "new: actor seconds per 1,000 images", before, after, _relative(before, after)))
     return found
 
 
@@ -68,8 +68,8 @@ def _drops(group: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> I
     if not (before["read"] and after["read"]):
         return
     for reason in sorted(before["dropped"].keys() | after["dropped"].keys()):
-        shares = [side["dropped"].get(reason, 0) / side["read"] for side in (before, after)]
-        yield Change("drop_share", f"{group}: dropped {reason}", *shares, abs(shares[1] - shares[0]))
+        then, now = (side["dropped"].get(reason, 0) / side["read"] for side in (before, after))
+        yield Change("drop_share", f"{group}: dropped {reason}", then, now, abs(now - then))
 
 
 def _quantiles(group: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:

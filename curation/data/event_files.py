@@ -24,9 +24,10 @@ def write_events(output: str, name: str, rows: Sequence[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             for row in rows:
+                step = int(row["step"] or 0)
                 for column, value in row.items():
                     if column != "step" and isinstance(value, int | float):
-                        writer.add_scalar(f"{name}/{column}", value, row["step"])
+                        writer.add_scalar(f"{name}/{column}", value, step)
         [file] = Path(folder).iterdir()
         storage.write_bytes(_url(output, name, rows), file.read_bytes())
 

@@ -57,7 +57,7 @@ class Excluding:
 
     def __init__(self, reader: ShardReader | ParquetReader | Joined, lists: Sequence[tuple[str, ListKind]]) -> None:
         self._reader = reader
-        self._lists = [(hash_lists.opened(url), kind) for url, kind in lists]
+        self._lists: list[tuple[np.ndarray, ListKind]] = [(hash_lists.opened(url), kind) for url, kind in lists]
         self.warnings = reader.warnings
 
     @property

@@ -77,7 +77,8 @@ class OneOf:
     def passes(self, table: pa.Table) -> np.ndarray:
         """Which rows have one of the words."""
         values = labels.labels(table, self.column)
-        among = pc.is_in(values, value_set=pa.array(self.words, pa.string())).to_numpy(zero_copy_only=False)
+        words = pc.SetLookupOptions(value_set=pa.array(self.words, pa.string()))
+        among = pc.call_function("is_in", [values], words).to_numpy(zero_copy_only=False)
         return np.where(values.is_null().to_numpy(zero_copy_only=False), self.nulls == "keep", among)
 
 

@@ -87,11 +87,11 @@ def read_steps(output: str, *, last_step: int | None = None) -> Iterator[LoggedS
     begins = {attempt: min(min(parts)[0] for parts in of.values()) for attempt, of in by_attempt.items()}
     for attempt in sorted(by_attempt):
         later = [begins[other] for other in begins if other > attempt]
-        end = min([*later, *([] if last_step is None else [last_step + 1])], default=None)
+        ends = later if last_step is None else [*later, last_step + 1]
         ranks = [_of_rank(sorted(parts)) for _, parts in sorted(by_attempt[attempt].items())]
         merged = heapq.merge(*ranks, key=lambda logged: logged.step)
         for step, of_step in itertools.groupby(merged, key=lambda logged: logged.step):
-            if end is not None and step >= end:
+            if ends and step >= min(ends):
                 break
             yield LoggedStep(step, *(np.concatenate(parts) for parts in zip(*(s[1:] for s in of_step), strict=True)))
 

@@ -55,7 +55,8 @@ class VoteRounds:
 
     def __init__(self, folder: Path, *, num_rows: int, by: Binariser, over: str):
         """`over` "step": a step's rows are binarised among themselves; "round": all of a round's."""
-        self._folder, self._by, self._over = folder, by, over
+        self._folder, self._over = folder, over
+        self._by: Binariser = by
         self._comings = np.zeros(num_rows, np.int64)
         self._first_open = 0
         self._open: dict[int, np.ndarray] = {}

@@ -115,7 +115,8 @@ def grown(bundle: dict[str, float], count: int, *, wait_s: float) -> dict[str, f
     The autoscaler is asked for the bundles beside what the cluster does already. What it adds stays for its idle time
     at least, so the request is taken back as soon as it is met.
     """
-    resources, until = ray.cluster_resources(), time.monotonic() + wait_s
+    resources: dict[str, float] = ray.cluster_resources()
+    until = time.monotonic() + wait_s
     wanted = {name: value * count for name, value in bundle.items()}
 
     def lacks() -> bool:

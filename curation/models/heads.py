@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HeadLayout = Literal["linear", "aesthetic", "nsfw", "nsfw-h14", "mlp"]
+NORM = ("norm.mean", "norm.variance")
 STANDARD_EPSILON = 1e-10
 _LAYER = re.compile(r"(?:layers\.)?(\d+)\.(weight|bias)")
 _NSFW_LAYER = re.compile(r"linear_(\d+)\.(weight|bias)")
@@ -52,9 +53,9 @@ def load_head(path: str, layout: HeadLayout) -> Head:
         layers = {} if weight is None or bias is None else {0: (weight.reshape(1, -1), bias.reshape(1))}
         norm = None
     else:
-        norm = (state.pop("norm.mean", None), state.pop("norm.variance", None)) if layout == "nsfw" else None
+        norm = [state.pop(name) for name in NORM if name in state] if layout == "nsfw" else None
         layers = _layers(state, pattern)
-    if state or not layers or (norm and (norm[0] is None or norm[1] is None)):
+    if state or not layers or (norm is not None and len(norm) != len(NORM)):
         raise ValueError(f"{path} is no head of layout {layout!r}: {_told(path)}")
     numbers = sorted(layers)
     wanted = {"aesthetic": AESTHETIC_LAYERS, "nsfw-h14": NSFW_H14_LAYERS}.get(layout)
@@ -71,7 +72,8 @@ def load_head(path: str, layout: HeadLayout) -> Head:
                     f"{path} is a head on {layers[numbers[0]][0].shape[1]} numbers, the embeddings have {x.shape[1]}"
                 )
             if norm:
-                x = (x - norm[0]) / (norm[1].sqrt() + STANDARD_EPSILON)
+                mean, variance = norm
+                x = (x - mean) / (variance.sqrt() + STANDARD_EPSILON)
             for number in numbers:
                 x = F.linear(x, *layers[number])
                 x = x if number in linear_after else F.relu(x)

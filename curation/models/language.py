@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,9 @@ def load_language_model(path: str) -> Identify:
         raise ValueError(f"{path} is no fastText model: {error}") from error
 
     def identify(captions: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        told = [model.predict(caption.replace("\n", " "), k=1) for caption in captions]
-        labels = [labels[0].removeprefix(PREFIX) for labels, _ in told]
-        return labels, np.array([float(probabilities[0]) for _, probabilities in told], np.float32)
+        told: list[Any] = [model.predict(caption.replace("\n", " "), k=1) for caption in captions]
+        names = [str(labels[0]).removeprefix(PREFIX) for labels, _ in told]
+        return names, np.array([float(probabilities[0]) for _, probabilities in told], np.float32)
 
     return identify
 

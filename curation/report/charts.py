@@ -95,7 +95,7 @@ def histogram(
 ) -> Markup:
     """Stacked counts over bins, and a mark where the cut is. Empty if all counts are 0."""
     edges = np.asarray(edges, float)
-    total = np.sum([stack.counts for stack in stacks], axis=0)
+    total = np.sum([np.asarray(stack.counts) for stack in stacks], axis=0)
     if not np.sum(total):
         return Markup("")
     frame = _Frame(float(edges[0]), float(edges[-1]), 0.0, float(np.max(total)) * 1.06)

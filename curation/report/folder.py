@@ -195,7 +195,7 @@ def remembered(run: TrainingRun) -> Remembered | None:
         if ledger is None:
             return None
         ledgers.append(ledger)
-    usage = np.sum([ledger.usage_histogram() for ledger in ledgers], axis=0, dtype=np.int64)
+    usage = np.stack([ledger.usage_histogram() for ledger in ledgers]).sum(axis=0, dtype=np.int64)
     usage = usage[: np.flatnonzero(usage).max(initial=0) + 1]
     usage[0] = sum(shard.offered for shard in offered.load(pool)) - usage[1:].sum()
     return Remembered(usage, sizes, owners, ledgers)

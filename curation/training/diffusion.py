@@ -61,7 +61,8 @@ class Diffusion:
 
     def __init__(self, spec: DiffusionSpec, *, seed: int, device: str = "cpu"):
         """ImportError, saying what to install, if diffusers is not there."""
-        from diffusers import DDIMScheduler, DDPMScheduler  # an extra: few runs need it
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler  # an extra: few runs need it
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         self.spec, self.step = spec, 0
         self._device = device
@@ -151,7 +152,7 @@ class Diffusion:
 
 
 def _network(spec: DiffusionSpec) -> Any:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     plain = ["DownBlock2D"] * len(spec.channels), ["UpBlock2D"] * len(spec.channels)
     if spec.attention:

@@ -65,7 +65,8 @@ def pair_mimic_scores(
     turn = direction.get("logit_scale", torch.zeros_like(scale)).reshape(())
     shift = direction.get("logit_bias", torch.zeros_like(bias)).reshape(())
     scalars = Moved(scale.detach(), scale.detach() * turn), Moved(bias.detach(), shift)
-    return -_loss_derivative(*sides, *scalars, objective=objective, block_rows=block_rows)
+    image, text = sides
+    return -_loss_derivative(image, text, *scalars, objective=objective, block_rows=block_rows)
 
 
 def _moved(

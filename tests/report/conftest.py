@@ -131,7 +131,7 @@ def write_run(tmp_path: Path) -> WriteRun:
 
 def _table(url: str, number: int, rows: Sequence[Row]) -> pa.Table:
     """The sample table that embedding would leave, with the scores that the rows name."""
-    columns: dict[str, list[Any]] = {name: [] for name in tables.sample_schema(DIM).names}
+    columns: dict[str, Any] = {name: [] for name in tables.sample_schema(DIM).names}
     fields = []
     with open_shard(url, ReadRules()) as reader:
         for place, (sample, row) in enumerate(zip(reader, rows, strict=True)):
@@ -155,7 +155,7 @@ def _table(url: str, number: int, rows: Sequence[Row]) -> pa.Table:
             fields.append(sample.fields)
     num_ok = columns["status"].count("ok")
     for name in ("image_embedding", "text_embedding"):
-        columns[name] = np.zeros((num_ok, DIM), np.float16)  # pyright: ignore[reportArgumentType]
+        columns[name] = np.zeros((num_ok, DIM), np.float16)
     return tables.sample_table(columns, fields)
 
 

@@ -35,8 +35,8 @@ class Page(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        named = dict(attrs)
-        self.tags.append((tag, named))
+        self.tags.append((tag, dict(attrs)))
+        named = {name: value or "" for name, value in attrs}
         if "data-fact" in named:
             self.facts[named.get("data-run") or f"arm{named.get('data-arm')}", named["data-fact"]] = named["value"]
         if "data-saving" in named:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from curation.numerics.contrastive import sigmoid_loss, softmax_loss
 from curation.training.collectives import Handover, gather, hand_over, ranks
 from curation.training.contrastive import make_optimizer
 from curation.training.contrastive_learner import ContrastiveLearner, Reference
+from curation.training.learner import WeightScope
 from curation.training.mimic import layer_of
 from curation.training.online import Scope, choose
 from curation.training.online_step import OnlineSettings, OnlineTrainer
@@ -137,7 +139,7 @@ def online_step(method: str) -> dict[str, Tensor | float]:
     }
 
 
-def mimic_steps(scope: str, layer: str) -> dict[str, Tensor]:
+def mimic_steps(scope: WeightScope, layer: str) -> dict[str, Tensor]:
     """Two steps of the nano model that go towards another one, on the whole super-batch of 12."""
     rank, world_size = ranks()
     network, reference = (build_network("nano", seed=seed) for seed in (0, 1))
@@ -203,7 +205,7 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
     results["online uniform"] = online_step("uniform")
     results["online jest"] = online_step("jest")
     results["online rho"] = online_step("rho")
-    for scope in ("all", "mimic"):
+    for scope in get_args(WeightScope):
         results[f"mimic {scope}"] = mimic_steps(scope, "visual.transformer.resblocks.3")
     results["mimic text"] = mimic_steps("mimic", "text_projection")
     rows = torch.arange(3) + 10 * rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def trained_mlp(seed: int, *, permuted: bool = False) -> Any:
         optimizer.step()
     if permuted:
         order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
-        hidden = network.tower[0]
+        hidden = cast(Any, network.tower)[0]
         with torch.no_grad():
             hidden.weight.copy_(hidden.weight[order])
             hidden.bias.copy_(hidden.bias[order])
