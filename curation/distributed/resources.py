@@ -109,14 +109,18 @@ def _quieten() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
+def _resources() -> dict[str, float]:
+    """What the cluster has, in all its nodes."""
+    return {name: float(value) for name, value in ray.cluster_resources().items()}
+
+
 def grown(bundle: dict[str, float], count: int, *, wait_s: float) -> dict[str, float]:
     """The cluster's resources; with `wait_s`, once they hold `count` bundles, or that time is over.
 
     The autoscaler is asked for the bundles beside what the cluster does already. What it adds stays for its idle time
     at least, so the request is taken back as soon as it is met.
     """
-    resources: dict[str, float] = ray.cluster_resources()
-    until = time.monotonic() + wait_s
+    resources, until = _resources(), time.monotonic() + wait_s
     wanted = {name: value * count for name, value in bundle.items()}
 
     def lacks() -> bool:
@@ -128,7 +132,7 @@ def grown(bundle: dict[str, float], count: int, *, wait_s: float) -> dict[str, f
     try:
         while lacks() and time.monotonic() < until:
             time.sleep(GROWTH_POLL_S)
-            resources = ray.cluster_resources()
+            resources = _resources()
     finally:
         request_resources(bundles=[])
     return resources
