@@ -177,13 +177,15 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch) -> _Embedded:
     manifest.index(recipe.output, EMBED_STAGE, pieces)
     now: list[int] = []
     pending: dict[str, str] = {}
+    key = manifest.digest(spec.made_by)
     for record in embed_shards(plan.todo, spec, placement):
         watch.committed(record)
         if "pending" in record:
             pending[record["url"]] = record["pending"]
         else:
             now.append(record["shard"])
-            pieces.add(record["shard"], {name: value for name, value in record.items() if name != "batch_ends"})
+            told = {name: value for name, value in record.items() if name != "batch_ends"}
+            pieces.add(record["shard"], {**told, "key": key, "made_by": dict(spec.made_by)})
             if len(now) % SHARDS_PER_WAVE == 0:
                 manifest.index(recipe.output, EMBED_STAGE, pieces)
     seconds = time.time() - begun
