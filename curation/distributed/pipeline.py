@@ -189,6 +189,7 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
     pending: dict[str, str] = {}
     metrics = RunMetrics(recipe.output)
     metrics.actors(placement.actors)
+    key = manifest.digest(spec.made_by)
     with contextlib.closing(embed_shards(plan.todo, spec, placement)) as records:
         for record in records:
             watch.committed(record)
@@ -197,7 +198,8 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
                 pending[record["url"]] = record["pending"]
             else:
                 now.append(record["shard"])
-                pieces.add(record["shard"], {name: value for name, value in record.items() if name != "batch_ends"})
+                told = {name: value for name, value in record.items() if name != "batch_ends"}
+                pieces.add(record["shard"], {**told, "key": key, "made_by": dict(spec.made_by)})
                 if len(now) % SHARDS_PER_WAVE == 0:
                     manifest.index(recipe.output, EMBED_STAGE, pieces)
             if stop.reason:

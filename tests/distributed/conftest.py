@@ -17,7 +17,7 @@ from PIL import Image
 
 from curation.data.shards import ReadRules
 from curation.distributed.embed import EmbedSpec
-from curation.distributed.pipeline import curate
+from curation.distributed.pipeline import Summary, curate
 from curation.distributed.resources import cluster
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
 
@@ -133,3 +133,16 @@ def recipe_for(tmp_path: Path) -> Callable[..., CurateRecipe]:
         )
 
     return recipe
+
+
+def select_again(recipe: CurateRecipe, **fields: Any) -> Summary:
+    """Run a recipe's selection anew, with other fields, over tables that are there."""
+    summary = curate(recipe.model_copy(update=fields))
+    assert summary.decoded_now == 0 and not summary.failures
+    return summary
+
+
+def kept_uids(recipe: CurateRecipe) -> set[str]:
+    """The uids of the subset file that a run's last selection wrote."""
+    subset = np.load(Path(recipe.output) / "selection" / "subset.npy")
+    return {f"{int(high):016x}{int(low):016x}" for high, low in subset}

@@ -14,10 +14,10 @@ from curation.data import manifest, tables
 from curation.data.manifest import OtherRun
 from curation.distributed import stored_columns
 from curation.distributed.guards import highest_cosine, in_parts
-from curation.distributed.pipeline import Summary, curate
+from curation.distributed.pipeline import curate
 from curation.recipe import CurateRecipe, Embed, Pool, Write
 from curation.recipe.guards import Decontaminate, Exclude, Holdout
-from tests.distributed.conftest import WriteShard
+from tests.distributed.conftest import WriteShard, kept_uids, select_again
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -47,20 +47,9 @@ def base(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> CurateRecipe:
     return recipe
 
 
-def again(base: CurateRecipe, **fields: Any) -> Summary:
-    summary = curate(base.model_copy(update=fields))
-    assert summary.decoded_now == 0 and not summary.failures
-    return summary
-
-
 def rows_of(recipe: CurateRecipe, columns: list[str]) -> list[dict[str, Any]]:
     rows = tables.read_unified(recipe.output, [0, 1], [*columns, "status"]).to_pylist()
     return [row for row in rows if row["status"] == "ok"]
-
-
-def kept_uids(recipe: CurateRecipe) -> set[str]:
-    subset = np.load(Path(recipe.output) / "selection" / "subset.npy")
-    return {f"{int(high):016x}{int(low):016x}" for high, low in subset}
 
 
 def test_excluded_samples_are_left_out_with_the_lists_name(base: CurateRecipe, tmp_path: Path) -> None:
@@ -73,7 +62,7 @@ def test_excluded_samples_are_left_out_with_the_lists_name(base: CurateRecipe, t
         Exclude(name="known bad", files=str(tmp_path / "bad.txt"), by="sha256"),
         Exclude(name="site", files=str(tmp_path / "urls.txt"), by="url"),
     )
-    summary = again(base, exclude=lists)
+    summary = select_again(base, exclude=lists)
     assert [tuple(step) for step in summary.waterfall] == [
         ("duplicate_uid", 58, 58),
         ("excluded: opt-out", 58, 53),
@@ -87,10 +76,10 @@ def test_guards_do_not_change_what_a_seeded_step_draws(base: CurateRecipe, tmp_p
     uniform = CurateRecipe.model_validate(
         {**base.model_dump(), "selection": [{"method": {"name": "uniform"}, "keep": 20}]}
     )
-    again(uniform)
+    select_again(uniform)
     before = kept_uids(base)
     (tmp_path / "none.txt").write_text("0" * 32)
-    again(uniform, exclude=(Exclude(name="nobody", files=str(tmp_path / "none.txt")),))
+    select_again(uniform, exclude=(Exclude(name="nobody", files=str(tmp_path / "none.txt")),))
     assert kept_uids(base) == before
 
 
@@ -124,17 +113,17 @@ def test_parts_are_disjoint_and_with_the_rest_they_are_the_pool(base: CurateReci
     parts: dict[str, tuple[float, float]] = {"reference": (0.0, 0.3), "test": (0.3, 0.4)}
     kept = {}
     for keep in ("rest", "reference", "test"):
-        summary = again(base, holdout=Holdout(parts=parts, keep=keep))
+        summary = select_again(base, holdout=Holdout(parts=parts, keep=keep))
         kept[keep] = kept_uids(base)
         assert summary.selected == len(kept[keep])
     assert sum(map(len, kept.values())) == 58 and len(set().union(*kept.values())) == 58
     assert len(kept["reference"]) > len(kept["test"]) > 0
     overlapping = Holdout(parts={"validation": (0.25, 0.35)})
     with pytest.raises(ValueError, match=r"'validation' \[0.25, 0.35\) overlaps 'reference' \[0.0, 0.3\)"):
-        again(base, holdout=overlapping)
+        select_again(base, holdout=overlapping)
     with pytest.raises(ValueError, match="with uid and seed 1 its parts would overlap"):
-        again(base, holdout=Holdout(parts=parts, seed=1))
-    again(base, holdout=Holdout(parts={**parts, "more": (0.4, 0.5)}))
+        select_again(base, holdout=Holdout(parts=parts, seed=1))
+    select_again(base, holdout=Holdout(parts={**parts, "more": (0.4, 0.5)}))
     assert len(json.loads((Path(base.output) / "holdouts.json").read_text())) == 2
 
 
@@ -166,16 +155,16 @@ def test_copies_of_an_evaluation_set_are_cut_exact_ones_and_near_ones(
     best = np.sort(cosines.max(1)[~exact])
     threshold = float((best[30] + best[31]) / 2)  # some rows are near, the others are not
     sets = {"flowers": evaluation.output}
-    summary = again(base, decontaminate=Decontaminate(sets=sets, near=threshold))
+    summary = select_again(base, decontaminate=Decontaminate(sets=sets, near=threshold))
     near = ~exact & (cosines.max(1) >= threshold)
     assert kept_uids(base) == {row["uid"] for row, cut in zip(rows, exact | near, strict=True) if not cut}
     named = {name: before - after for name, before, after in summary.waterfall}
     assert named["copy in flowers"] == 11 and named[f"near copy in flowers (cosine >= {threshold:g})"] == near.sum()
     # Another threshold reads the same columns.
     monkeypatch.setattr(stored_columns, "_make", lambda *_: pytest.fail("made again"))
-    assert again(base, decontaminate=Decontaminate(sets=sets, near=None)).selected == 58 - 11
+    assert select_again(base, decontaminate=Decontaminate(sets=sets, near=None)).selected == 58 - 11
     with pytest.raises(ValueError, match="is no run of jobs.curate"):
-        again(base, decontaminate=Decontaminate(sets={"flowers": str(tmp_path)}))
+        select_again(base, decontaminate=Decontaminate(sets={"flowers": str(tmp_path)}))
 
 
 def test_a_set_that_another_model_embedded_is_refused(
@@ -189,9 +178,14 @@ def test_a_set_that_another_model_embedded_is_refused(
             "output": str(tmp_path / "eval_run"),
         }
     )
-    curate(other)
+    assert curate(other).selected == 2
+    # In one command with the embedding: nothing is left of the second shard's own two images.
+    whole = other.model_copy(
+        update={"output": str(tmp_path / "whole"), "decontaminate": Decontaminate(sets={"x": other.output}, near=None)}
+    )
+    assert curate(whole).selected == 0
     with pytest.raises(ValueError, match=r"decontaminate.sets\['x'\] is embedded by"):
-        again(base, decontaminate=Decontaminate(sets={"x": other.output}))
+        select_again(base, decontaminate=Decontaminate(sets={"x": other.output}))
 
 
 def test_the_highest_cosine_is_that_of_all_pairs() -> None:

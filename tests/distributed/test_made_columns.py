@@ -17,11 +17,12 @@ from curation.data import tables
 from curation.data.manifest import OtherRun
 from curation.distributed import stored_columns
 from curation.distributed.made_columns import HeadScores, sampled_rows
-from curation.distributed.pipeline import Summary, curate
+from curation.distributed.pipeline import curate
 from curation.numerics.sampling import tie_hash, uid_words
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Pool, Select, Threshold, Write
 from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
 from jobs.recipes import basic
+from tests.distributed.conftest import kept_uids, select_again
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -41,19 +42,8 @@ def base(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> CurateRec
     return recipe
 
 
-def again(base: CurateRecipe, **fields: Any) -> Summary:
-    summary = curate(base.model_copy(update=fields))
-    assert summary.decoded_now == 0 and not summary.failures
-    return summary
-
-
 def rows_of(recipe: CurateRecipe, columns: list[str]) -> list[dict[str, Any]]:
     return tables.read_unified(recipe.output, [0, 1], ["uid", "shard", *columns]).to_pylist()
-
-
-def kept_uids(recipe: CurateRecipe) -> set[str]:
-    subset = np.load(Path(recipe.output) / "selection" / "subset.npy")
-    return {f"{int(high):016x}{int(low):016x}" for high, low in subset}
 
 
 def test_a_language_filter_parts_the_pools_and_the_columns_are_made_once(
@@ -61,7 +51,7 @@ def test_a_language_filter_parts_the_pools_and_the_columns_are_made_once(
 ) -> None:
     pytest.importorskip("fasttext")
     language = Language(make="language", model=str(real_data / "weights" / "lid.176.ftz"))
-    summary = again(base, columns=(language,), selection=(OneOf(column="language.label", one_of=("vi",)),))
+    summary = select_again(base, columns=(language,), selection=(OneOf(column="language.label", one_of=("vi",)),))
     rows = rows_of(base, ["language.label", "language.probability"])
     labels = Counter((Path(row["shard"]).parent.name, row["language.label"]) for row in rows)
     assert labels["vietnamese", "vi"] > 590 and labels["fashion", "vi"] < 10
@@ -69,12 +59,12 @@ def test_a_language_filter_parts_the_pools_and_the_columns_are_made_once(
     assert kept_uids(base) == {row["uid"] for row in rows if row["language.label"] == "vi"}
     monkeypatch.setattr(stored_columns, "_make", lambda *_: pytest.fail("made again"))
     sure = (OneOf(column="language.label", one_of=("en",)), Threshold(column="language.probability", at_least=0.5))
-    again(base, columns=(language,), selection=sure)
+    select_again(base, columns=(language,), selection=sure)
     assert kept_uids(base) == {
         row["uid"] for row in rows if row["language.label"] == "en" and row["language.probability"] >= 0.5
     }
     with pytest.raises(ValueError, match="'gone.ftz' is not a file"):
-        again(base, columns=(language.model_copy(update={"model": "gone.ftz"}),))
+        select_again(base, columns=(language.model_copy(update={"model": "gone.ftz"}),))
 
 
 def test_a_heads_score_is_a_selectors(base: CurateRecipe, tmp_path: Path) -> None:
@@ -84,7 +74,7 @@ def test_a_heads_score_is_a_selectors(base: CurateRecipe, tmp_path: Path) -> Non
         make="embedding_head", name="aesthetic", checkpoint=str(tmp_path / "head.pth"), layout="linear"
     )
     best = Select(method={"name": "clip_score", "column": "aesthetic.score"}, keep=40)
-    again(base, columns=(head,), selection=(best,))
+    select_again(base, columns=(head,), selection=(best,))
     rows = rows_of(base, ["aesthetic.score", "image_embedding"])
     state = torch.load(tmp_path / "head.pth", weights_only=True)
     unit = np.array([row["image_embedding"] for row in rows], np.float64)
@@ -98,7 +88,7 @@ def test_a_heads_score_is_a_selectors(base: CurateRecipe, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"head.pth on .* is another file than where the job runs"):
         former.make(tables.read(base.output, 0, ["image_embedding"]))
     with pytest.raises(OtherRun, match="the column 'aesthetic' of shard 0"):
-        again(base, columns=(head,))
+        select_again(base, columns=(head,))
 
 
 def test_image_based_filtering_keeps_the_clusters_that_the_target_is_in(
@@ -111,7 +101,7 @@ def test_image_based_filtering_keeps_the_clusters_that_the_target_is_in(
     clusters = Clusters(make="clusters", name="like", num_clusters=12, target=target.output, rows_per_cluster=20)
     score = Select(method={"name": "clip_score"}, keep_fraction=0.5)
     near = Threshold(column="like.target_rows", at_least=1)
-    again(base, columns=(clusters,), selection=(near,))
+    select_again(base, columns=(clusters,), selection=(near,))
     kept = kept_uids(base)
     [folder] = (Path(base.output) / "fit").iterdir()
     centroids = np.load(folder / "centroids.npy").astype(np.float64)
@@ -129,9 +119,9 @@ def test_image_based_filtering_keeps_the_clusters_that_the_target_is_in(
     counts = np.bincount(of_target, minlength=12)
     assert sum(row["like.target_rows"] != counts[row["like.cluster"]] for row in told) <= 24
     # The intersection with a score is two steps, the score's first: both are of the whole pool.
-    again(base, columns=(clusters,), selection=(score,))
+    select_again(base, columns=(clusters,), selection=(score,))
     by_score = kept_uids(base)
-    again(base, columns=(clusters,), selection=(score, near))
+    select_again(base, columns=(clusters,), selection=(score, near))
     assert kept_uids(base) == kept & by_score
 
 
@@ -149,7 +139,7 @@ def test_the_sample_that_centroids_are_fitted_on_is_the_same_for_any_grouping(
 def test_more_clusters_than_rows_and_two_columns_of_one_name_are_errors(base: CurateRecipe) -> None:
     many = Clusters(make="clusters", name="many", num_clusters=10_000)
     with pytest.raises(ValueError, match="columns 'many': 10000 clusters of"):
-        again(base, columns=(many,))
+        select_again(base, columns=(many,))
     with pytest.raises(ValueError, match="columns: two of them are called 'many'"):
         CurateRecipe(columns=(many, many))
     with pytest.raises(ValueError, match="a piece's name is"):
