@@ -22,6 +22,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left; }
 .arms { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .4rem; }
+.wide { overflow-x: auto; }
 .warning { background: #fff3cd; padding: .5rem .8rem; }
 """
 
@@ -60,9 +61,9 @@ def page(
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
         + "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings)
         + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-        + "<table><tr>"
+        + '<div class="wide"><table><tr>'
         + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        + f'</tr>{rows}</table><div class="arms">{figures}</div></html>'
+        + f'</tr>{rows}</table></div><div class="arms">{figures}</div></html>'
     )
 
 

@@ -22,11 +22,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from curation.models.frozen import Frozen, load_frozen
-from jobs.benchmarks.tracks import TFLITE, real_data, tar_samples
+from jobs.benchmarks.real_data import RESNET20, TFLITE, real_data, tar_samples
 from jobs.planted_pool import planted_pool
 
 NUM_POOLS = 5
-RESNET20 = Path("weights") / "resnet20-12fca82f.th"
 CLEAN, NEAR, OUTLIER = "clean", "near_duplicate", "outlier"
 
 

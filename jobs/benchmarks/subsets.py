@@ -25,8 +25,8 @@ import torch
 
 from curation.evaluation.compare import Reference
 from curation.methods import load_selector
+from curation.numerics.intervals import t_interval
 from jobs.benchmarks.pairs import provenance
-from jobs.benchmarks.race import interval
 from jobs.benchmarks.subset_pools import (
     CLEAN,
     NEAR,
@@ -84,11 +84,15 @@ def summary(cells: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Each arm's figures over the pools, as means with intervals, and its distances minus random's, paired by pool."""
     told: dict[str, Any] = {}
     for arm in cells[0]:
-        figures = {name: interval([cell[arm][name] for cell in cells]) for name in cells[0][arm]}
+        figures = {name: _interval([cell[arm][name] for cell in cells]) for name in cells[0][arm]}
         for name in ("distance_to_pool", "distance_to_clean"):
-            figures[f"{name}_minus_random"] = interval([cell[arm][name] - cell["random"][name] for cell in cells])
+            figures[f"{name}_minus_random"] = _interval([cell[arm][name] - cell["random"][name] for cell in cells])
         told[arm] = figures
     return told
+
+
+def _interval(values: Sequence[float]) -> dict[str, Any]:
+    return {**t_interval(values)._asdict(), "values": list(values)}
 
 
 def judge(pool: StudyPool, *, keep: int, seed: int) -> dict[str, dict[str, float]]:

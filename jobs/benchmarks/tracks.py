@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,11 +34,11 @@ from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRec
 from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
 from curation.training.flops import TRAINING_PASS, tower_flops
 from jobs import demo, demo_reference
+from jobs.benchmarks.real_data import TFLITE, real_data, tar_samples
 from jobs.demo_pool import make_pool
 from jobs.demo_race import METRIC, NUM_STEPS, SUB_BATCH, race_recipe, write_held_out, write_mismatched
 
 FEATURES, REFERENCE = "mobilenet", "reference"
-TFLITE = Path("weights") / "mobilenet_v1_1.0_224_quant_embedding_extractor.tflite"
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PAIRS_PER_TAR = 1000
@@ -289,23 +288,6 @@ def _some_shuffled(captions: list[str], *, share: float, rng: np.random.Generato
     return given
 
 
-def tar_samples(folder: Path, *, limit: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Image bytes and json fields of img2dataset's tars, in order."""
-    num_seen = 0
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            image = b""
-            for member in tar:
-                content = tar.extractfile(member)
-                if content is None or num_seen == limit:
-                    continue
-                if member.name.endswith((".jpg", ".png")):
-                    image = content.read()
-                elif member.name.endswith(".json"):
-                    num_seen += 1
-                    yield image, json.loads(content.read())
-
-
 def _row_flops(model: str, *, num_features: int | None) -> float:
     network = build_network(model, num_features=num_features)
     images = torch.zeros(1, num_features) if num_features else torch.zeros(1, 48, 48, 3, dtype=torch.uint8)
@@ -320,12 +302,3 @@ def _timed(note: Path, work: Callable[[], None]) -> float:
         work()
         note.write_text(json.dumps({"seconds": time.time() - begun}))
     return json.loads(note.read_text())["seconds"]
-
-
-def real_data() -> Path:
-    """The folder of real data. ValueError if it is not there."""
-    named = os.environ.get("CURATION_TEST_DATA")
-    folder = Path(named) if named else Path(__file__).parents[2].parent / "shared" / "data"
-    if not folder.is_dir():
-        raise ValueError(f"no real data in {folder}: set CURATION_TEST_DATA")
-    return folder
