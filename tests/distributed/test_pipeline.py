@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from curation.data import shard_list
+from curation.data import manifest, shard_list, storage
 from curation.data.lease import Lease, OutputInUse
 from curation.data.manifest import OtherRun
 from curation.distributed.pipeline import ActorsFailed, Summary, curate, make_plan
@@ -140,6 +140,17 @@ def test_only_new_shards_are_embedded_and_a_shard_that_sorts_first_shifts_no_num
     assert summary.shards["embedded_now"] == 1 and summary.decoded_now == 4 and summary.read == 9
     assert before.items() <= results(tmp_path / "out", folders=("samples",)).items()
     assert [Path(s.url).name for s in shard_list.load(str(tmp_path / "out"))] == ["b.tar", "a.tar"]
+
+
+def test_what_a_run_put_into_the_index_is_its_own_in_the_next_run(
+    small_pool: Path, recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "MIN_INDEXED", 1)
+    recipe = recipe_for(f"{small_pool}/b")
+    assert not curate(recipe).failures
+    assert storage.names_in(f"{recipe.output}/manifest/embed.index") == ["000000.parquet"]
+    again = curate(recipe)
+    assert not again.failures and again.shards["embedded_now"] == 0
 
 
 def test_an_edited_shard_gets_a_new_number_and_its_old_rows_leave_the_pool(
