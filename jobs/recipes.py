@@ -219,7 +219,7 @@ SUBSET: dict[str, Callable[[], SubsetRecipe]] = {"debug": subset_debug, "dinov2"
 
 
 def diffusion_tiny() -> DiffusionRecipe:
-    """16 px, minutes on a CPU: proves the pipe. Its samples are blurs, and the features are random."""
+    """16 px, minutes on a CPU: proves the pipe. The features are random; name a network."""
     return DiffusionRecipe(
         name="tiny",
         keep=100,
