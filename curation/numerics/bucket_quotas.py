@@ -30,14 +30,14 @@ def bucket_quotas(sizes_K: np.ndarray, *, keep: int, rule: Literal["proportional
         by_remainder = np.argsort([-rest for _, rest in shares], kind="stable")
         given_K[by_remainder[: keep - int(given_K.sum())]] += 1
         return given_K
-    level = _highest_level(sizes_K, keep)
+    level = even_level(sizes_K, keep)
     given_K = np.minimum(sizes_K, level)
     has_more = np.flatnonzero(sizes_K > level)
     given_K[has_more[: keep - int(given_K.sum())]] += 1
     return given_K
 
 
-def _highest_level(sizes_K: np.ndarray, keep: int) -> int:
+def even_level(sizes_K: np.ndarray, keep: int) -> int:
     """The most rows that every bucket can give, or all it has, without more than `keep` in all."""
     low, high = 0, keep
     while low < high:

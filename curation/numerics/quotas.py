@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from curation.numerics.bucket_quotas import even_level
+
 LAST_HASH = (1 << 64) - 1
 DEVIATIONS = 6.0
 
@@ -37,15 +39,12 @@ def even(counts: Mapping[str, int], keep: int) -> dict[str, int]:
 
     The largest cap c with sum(min(rows, c)) <= keep; what is left over goes, one row each, to the largest groups.
     """
-    rows_G = np.sort(np.fromiter(counts.values(), np.int64, len(counts)))
+    rows_G = np.fromiter(counts.values(), np.int64, len(counts))
     if keep >= rows_G.sum():
         return {}
-    low, high = 0, int(rows_G[-1])
-    while low < high:
-        cap = (low + high + 1) // 2
-        low, high = (cap, high) if int(np.minimum(rows_G, cap).sum()) <= keep else (low, cap - 1)
-    left = keep - int(np.minimum(rows_G, low).sum())
-    quotas = capped(counts, low)
+    level = even_level(rows_G, keep)
+    left = keep - int(np.minimum(rows_G, level).sum())
+    quotas = capped(counts, level)
     for group in sorted(quotas, key=lambda group: (-counts[group], group))[:left]:
         quotas[group] += 1
     return {group: quota for group, quota in quotas.items() if quota < counts[group]}
