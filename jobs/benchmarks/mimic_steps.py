@@ -98,7 +98,7 @@ def _head(n: int) -> dict[str, Step]:
         direction, _ = towards(layer, {HEAD: rival.reference.head.weight})
         gradients = vmap(grad(loss_of), in_dims=(None, 0, 0))(layer, *inputs)
         scores = -(gradients[HEAD] * direction[HEAD]).sum(dim=(1, 2))
-        weights = softmax_weights(scores, 0.1)
+        weights = softmax_weights(scores.detach(), 0.1)
         rival.step(rival.network, inputs, weights=weights, optimizer=rival_sgd, max_grad_norm=1.0)
 
     return {"ours": our_step, "plain": plain_step, "per-sample gradients": rival_step}
@@ -136,6 +136,6 @@ def _tower(n: int) -> dict[str, Step]:
         gradients = jacrev(losses_of)(layer)
         scores = -sum((gradients[name].flatten(1) @ direction[name].flatten()) for name in layer)
         assert isinstance(scores, Tensor)
-        take(rival, rival_sgd, softmax_weights(scores, 0.1))
+        take(rival, rival_sgd, softmax_weights(scores.detach(), 0.1))
 
     return {"ours": our_step, "plain": lambda: take(plain, plain_sgd, ones), "per-sample gradients": rival_step}
