@@ -1,4 +1,4 @@
-"""What `jobs.benchmark ablate` says of sets: JEST's learnability by chunks and by filter ratio. Whole runs take minutes."""
+"""What `jobs.benchmark ablate` says of sets: learnability by chunks and by filter ratio. Whole runs take minutes."""
 
 from __future__ import annotations
 
