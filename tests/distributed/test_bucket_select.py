@@ -139,7 +139,8 @@ def test_the_outcome_depends_neither_on_shards_nor_on_tasks(make_pool, monkeypat
     monkeypatch.setattr(bucket_select, "ROWS_PER_RUN", 1)
     again, other = run(make_pool((600,)), steps, num_shards=1)
     assert keys(other) == keys(kept)
-    assert [count[1:] for count in again.counts] == [count[1:] for count in first.counts]
+    # The examples are addresses, which are other ones in other shards.
+    assert [count[:3] for count in again.counts] == [count[:3] for count in first.counts]
 
 
 def test_steps_see_what_those_before_them_left(make_pool) -> None:
