@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def test_what_is_made_is_not_made_again_and_nothing_is_embedded_again(
     before = {
         path: os.stat(path).st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lease.json"
     }
-    monkeypatch.setattr(columns, "_pool", lambda todo, *_: iter([]) if not todo else pytest.fail(f"{todo} made again"))
+
+    def nothing(todo: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
+        assert not todo
+        yield from ()
+
+    monkeypatch.setattr(columns, "_pool", nothing)
     again = add_columns(features_recipe(run))
     assert (again.made_now, again.rows) == (0, 47)
     assert {path: os.stat(path).st_mtime_ns for path in before} == before

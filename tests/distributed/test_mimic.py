@@ -78,7 +78,7 @@ def test_columns_of_the_log_filter_a_selection(
     output, _ = trained
     flags = ["--run", str(run), "--log", str(output), "--column", "mimic"]
     assert fit.main(["mimic", "majority", *flags]) == 0
-    assert "quality" in capsys.readouterr().out
+    assert "quality" in capsys.readouterr().err
     scores: dict[int, list[float]] = {}
     for step in read_steps(str(output)):
         for address, score in zip(step.addresses.tolist(), step.scores.tolist(), strict=True):
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_refused_by_name(curated: Path, tmp_path: Path) -
 def test_a_recipe_says_what_grad_mimic_needs() -> None:
     with pytest.raises(ValueError, match="goes towards a reference's weights: name them"):
         mimic_recipe(Path("run"), Path("out"), reference=Reference())
-    with pytest.raises(ValueError, match="train.weight_scope mimic is grad_mimic's, not 'uniform's"):
+    with pytest.raises(ValueError, match="train.weight_scope mimic is grad_mimic's, not 'uniform''s"):
         mimic_recipe(Path("run"), Path("out"), method={"name": "uniform"}, train={"weight_scope": "mimic"})
     with pytest.raises(ValueError, match="needs train.micro_batches 1"):
         mimic_recipe(Path("run"), Path("out"), train={"weight_scope": "mimic", "micro_batches": 2})
