@@ -34,6 +34,7 @@ TINY = Generator(
     batch_size=4,
     sampling_steps=2,
     noise_steps=10,
+    ema_every=2,
 )
 
 
