@@ -80,6 +80,12 @@ def absolute(url: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+def absolute_patterns(patterns: str) -> str:
+    """Patterns of shards, joined by "::", that mean the same in any working folder; URLs stay as they are."""
+    parts = patterns.split("::") if patterns else []
+    return "::".join(part if "://" in part else os.path.abspath(part) for part in parts)
+
+
 def is_local(url: str) -> bool:
     """True if the URL is on the local disk."""
     return isinstance(_resolve(url)[0], LocalFileSystem)

@@ -142,7 +142,9 @@ def _run(
         reference_bias=plan.reference_bias,
     )
     spec = LoopSpec(learner=learner, columns=plan.columns, ledger=ledger)
-    filesystem, path = storage.arrow_filesystem(storage.join(recipe.output, "train"))
+    folder = storage.join(recipe.output, "train")
+    # On a disk Ray opens it by itself: workers of a run with a filesystem of its own begin in another working folder.
+    filesystem, path = (None, folder) if storage.is_local(folder) else storage.arrow_filesystem(folder)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec},

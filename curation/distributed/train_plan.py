@@ -60,7 +60,15 @@ def resolved(recipe: TrainRecipe) -> TrainRecipe:
     run, output = storage.absolute(recipe.data.run), storage.absolute(recipe.output)
     if run == output:
         raise ValueError(f"output must not be data.run itself, got {output} for both")
-    return recipe.model_copy(update={"output": output, "data": recipe.data.model_copy(update={"run": run})})
+    truth = storage.absolute(recipe.data.truth) if recipe.data.truth else None
+    held_out = recipe.evaluate.model_copy(
+        update={
+            "shards": storage.absolute_patterns(recipe.evaluate.shards),
+            "run": storage.absolute(recipe.evaluate.run) if recipe.evaluate.run else "",
+        }
+    )
+    data = recipe.data.model_copy(update={"run": run, "truth": truth})
+    return recipe.model_copy(update={"output": output, "data": data, "evaluate": held_out})
 
 
 def checked(recipe: TrainRecipe) -> TrainPlan:

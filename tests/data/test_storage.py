@@ -369,3 +369,10 @@ class TestListShards:
         storage.write_bytes(f"memory://{name}", b"x")
         assert f"memory:///{name}" in urls("memory://")
         fsspec.filesystem("memory").rm_file(f"/{name}")
+
+
+def test_patterns_mean_the_same_in_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    patterns = storage.absolute_patterns("a/{00..01}.tar::s3://b/*.tar::../c")
+    assert patterns == f"{tmp_path}/a/{{00..01}}.tar::s3://b/*.tar::{tmp_path.parent}/c"
+    assert storage.absolute_patterns("") == ""
