@@ -167,7 +167,7 @@ def _by_method(name: str) -> Callable[[Tensor, int], Callable[[], Any]]:
 
 
 def _submodlib(vectors: Tensor, keep: int) -> Callable[[], Any]:
-    from submodlib import FacilityLocationFunction
+    from submodlib import FacilityLocationFunction  # pyright: ignore[reportMissingImports]
 
     similarity = (vectors @ vectors.T).clamp_min(0).numpy()
 
@@ -179,7 +179,7 @@ def _submodlib(vectors: Tensor, keep: int) -> Callable[[], Any]:
 
 
 def _apricot(vectors: Tensor, keep: int) -> Callable[[], Any]:
-    from apricot import FacilityLocationSelection
+    from apricot import FacilityLocationSelection  # pyright: ignore[reportMissingImports]
 
     similarity: NDArray[np.float64] = (vectors @ vectors.T).clamp_min(0).double().numpy()
 
