@@ -1,6 +1,7 @@
 # Every target works on a fresh clone: it makes .venv, installs the versions of constraints.txt, and runs.
 PYTHON ?= python3
 ARGS ?=
+TESTERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -11,7 +12,7 @@ demo: $(INSTALLED)  ## make a pool, curate it, show what was kept
 	$(BIN)/python -m jobs.demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --durations=25 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
     mimic    Grad-Mimic on linear probes under label noise, against its rivals and controls; what a step of it costs
+    online   Flexi-JEST, a scoring pool, distillation: quality against FLOPs, seconds and the weights' age
     plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
@@ -37,6 +38,7 @@ from jobs.benchmarks import (
     ledger,
     ledger_actors,
     mimic,
+    online,
     plan,
     race,
     select,
@@ -76,6 +78,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
     "ledger": _ledger,
     "mimic": lambda given: mimic.benchmark(seeds=given.seeds, pairs=given.pairs, tiny=given.tiny, folder=given.folder),
+    "online": lambda given: online.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder, arms=given.arms),
     "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
@@ -101,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
+    parser.add_argument("--arms", nargs="+", help="online: the arms to run (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
     parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
     parser.add_argument("--rates", type=Path, default=Path("cluster/rates.json"), help="plan: measured rates")

@@ -49,7 +49,7 @@ def train_reference(
     network = build_network(MODEL, seed=seed)
     fit_contrastive(
         network,
-        shuffled_batches(*load_pairs(num_pairs, stream="reference", seed=seed), batch_size=BATCH_SIZE, seed=seed),
+        shuffled_batches(load_pairs(num_pairs, stream="reference", seed=seed), batch_size=BATCH_SIZE, seed=seed),
         optimizer=make_optimizer(network, learning_rate=LEARNING_RATE),
         num_steps=num_steps,
         learning_rate=LEARNING_RATE,

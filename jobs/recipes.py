@@ -13,7 +13,7 @@ from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, MimicRecip
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
-from curation.recipe.train import Remember, Train, Weights, Workers
+from curation.recipe.train import LowResolution, Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
 CLIP_L14 = Embed(model="ViT-L-14", pretrained="datacomp_xl_s13b_b90k", batch_size=256)
@@ -129,7 +129,43 @@ def jest_train() -> TrainRecipe:
     )
 
 
-TRAIN: dict[str, Callable[[], TrainRecipe]] = {"debug": debug_train, "small": small_train, "jest": jest_train}
+def flexi_train() -> TrainRecipe:
+    """Flexi-JEST at JEST's scale: scored in patches of 32, half of each sub-batch trained in them (arXiv:2406.17711).
+
+    open_clip's own ViT-B/16 in place of timm's SigLIP tower, for its patches can be resampled.
+    """
+    return jest_train().model_copy(
+        update={
+            "name": "flexi",
+            "learner": Weights(model="ViT-B-16"),
+            "low_resolution": LowResolution(patch_size=32),
+        }
+    )
+
+
+def acid_finetune() -> TrainRecipe:
+    """SigLIP 2's last stage (arXiv:2502.14786, Sec. 2.5): half of 65,536 rows chosen by one large reference.
+
+    A pass over 4 billion at a learning rate of 1e-5 without weight decay; the reference's embeddings are the run's
+    columns, and nothing is distilled. `learner.checkpoint` names the weights that are fine-tuned.
+    """
+    return TrainRecipe(
+        name="acid-finetune",
+        learner=Weights(model="ViT-B-16-SigLIP"),
+        train=Train(num_steps=122_070, sub_batch=32_768, filter_ratio=0.5, learning_rate=1e-5, weight_decay=0.0),
+        compute=Workers(device="cuda", workers=32, feed_actors=12),
+        ledger=Remember(actors=8),
+        checkpoint_every=1000,
+    )
+
+
+TRAIN: dict[str, Callable[[], TrainRecipe]] = {
+    "debug": debug_train,
+    "small": small_train,
+    "jest": jest_train,
+    "flexi": flexi_train,
+    "acid-finetune": acid_finetune,
+}
 """Recipes of `jobs.train`, by name."""
 
 

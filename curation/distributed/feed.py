@@ -5,11 +5,13 @@ A pool of actors turns such a row into a block of exactly B/W rows; blocks come 
 the pool, the seed and the step alone, so a worker that starts again at step t gets what it would have got.
 
 Pixels travel as uint8, embeddings as float16. A sample that cannot be decoded any more is a row with ok = False. For a
-learner on features no tar is opened: their column is read instead.
+learner on features no tar is opened: their column is read instead. Where candidates are scored on smaller images, those
+are decoded, a JPEG at a part of its size, and the files come along for whoever trains on some of them in full.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,19 +24,22 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from curation import addresses
 from curation.data import tables
-from curation.data.images import ImageError, pixels
+from curation.data.images import ImageError, fast_pixels, pixels
 from curation.data.offered import OfferedShard, Rounds
-from curation.data.rows import ReadRow, StaleTable, read_rows
+from curation.data.rows import StaleTable, read_rows
 from curation.data.shards import ReadRules
-from curation.models.clip import load_resize, load_tokenizer
+from curation.models.clip import load_fast_resize, load_resize, load_tokenizer
 from curation.numerics.sampling import uid_words
 
 STEPS_PER_WAVE = 1000
 """Steps that are planned at a time, so that a run of millions of steps holds no list of them."""
 
+LOW_PIXELS, ENCODED, DECODE_SECONDS = "low_pixels", "encoded", "decode_seconds"
+
 Block = dict[str, np.ndarray]
 """Columns of n rows: `address` int64, `uid` (n, 2) int64, `ok` bool, the learner's `pixels` uint8 (n, S, S, 3) or
-`features` (n, F), `tokens` int64 (n, L) or `label` int64, and what FeedSpec.columns names."""
+`features` (n, F), `tokens` int64 (n, L) or `label` int64, and what FeedSpec.columns names. In place of `pixels` there
+may be `low_pixels` (n, s, s, 3) and `encoded`, bytes. With either, `decode_seconds` float32: a thread's time."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class FeedSpec:
     max_pixels: int
     rules: ReadRules
     decode_threads: int
+    low_size: int | None = None
+    """Side of the images that candidates are scored on, if they are not the learner's own."""
 
 
 class Share(NamedTuple):
@@ -127,7 +134,7 @@ class ReadShare:
 
     def __init__(self, spec: FeedSpec):
         self._spec = spec
-        self._resize = None if spec.features else load_resize(spec.model, pretrained=spec.pretrained)
+        self._decode = None if spec.features else Decode(spec)
         self._tokenize = None if spec.label else load_tokenizer(spec.model)
         self._classes = {name: number for number, name in enumerate(spec.classes)}
         self._pool = ThreadPoolExecutor(spec.decode_threads, "decode")
@@ -168,11 +175,24 @@ class ReadShare:
 
     def _pixels(self, number: int, url: str, rows: np.ndarray, needed: list[str]) -> tuple[pa.Table, Block]:
         read = read_rows(self._spec.run, number, url, rows, needed, rules=self._spec.rules)
-        decoded = list(self._pool.map(self._decode, read.images))
-        ok = np.array([image is not None for image in decoded])
-        assert self._resize is not None
-        blank = np.zeros((*self._resize.image_size, 3), np.uint8)
-        return read.columns, {"pixels": np.stack([blank if image is None else image for image in decoded]), "ok": ok}
+        assert self._decode is not None
+        files = []  # those of a share are held only where they travel on
+
+        def images() -> Iterator[bytes]:
+            for row in read.images:
+                if self._spec.low_size is not None:
+                    files.append(row.image)
+                yield row.image
+
+        decoded = list(self._pool.map(self._decode, images()))
+        block = {
+            "ok": np.array([image.is_ok for image in decoded]),
+            DECODE_SECONDS: np.array([image.seconds for image in decoded], np.float32),
+            "pixels" if self._spec.low_size is None else LOW_PIXELS: np.stack([image.pixels for image in decoded]),
+        }
+        if self._spec.low_size is not None:
+            block[ENCODED] = np.array(files, object)
+        return read.columns, block
 
     def _targets(self, values: list[Any]) -> Block:
         """Labels as numbers, or captions as tokens."""
@@ -180,12 +200,43 @@ class ReadShare:
             return {"label": np.array([self._classes[str(value)] for value in values])}
         return {"tokens": self._tokenize(values).numpy()}
 
-    def _decode(self, row: ReadRow) -> np.ndarray | None:
-        assert self._resize is not None
+
+class Decoded(NamedTuple):
+    """An image, blank if it could not be decoded, and the seconds that it took."""
+
+    pixels: np.ndarray
+    is_ok: bool
+    seconds: float
+
+
+class Decode:
+    """From a file's bytes to pixels of the size that candidates are scored on. Safe to call from many threads."""
+
+    def __init__(self, spec: FeedSpec):
+        self._max_pixels = spec.max_pixels
+        self._exact = load_resize(spec.model, pretrained=spec.pretrained, image_size=spec.low_size)
+        # Only what is scored on small images may be a little off: what is trained on in full is decoded exactly.
+        is_low = spec.low_size is not None
+        self._fast = (
+            load_fast_resize(spec.model, pretrained=spec.pretrained, image_size=spec.low_size) if is_low else None
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return self._exact.image_size
+
+    def __call__(self, data: bytes) -> Decoded:
+        begun = time.perf_counter()
         try:
-            return pixels(row.image, max_pixels=self._spec.max_pixels, resize=self._resize).pixels
+            if self._fast is None:
+                made = pixels(data, max_pixels=self._max_pixels, resize=self._exact)
+            else:
+                made = fast_pixels(data, max_pixels=self._max_pixels, fast=self._fast, exact=self._exact)
         except ImageError:
-            return None
+            blank = np.zeros((*self.image_size, 3), np.uint8)
+            return Decoded(blank, False, time.perf_counter() - begun)
+        return Decoded(made.pixels, True, time.perf_counter() - begun)
 
 
-__all__ = ["Block", "FeedSpec", "ReadShare", "Share", "StaleTable", "blocks"]
+__all__ = ["Block", "Decode", "FeedSpec", "ReadShare", "Share", "StaleTable", "blocks"]

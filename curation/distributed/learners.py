@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from curation.columns import JSON_PREFIX
 from curation.data.held_out import HeldOut, held_out_of_run, read_held_out
 from curation.data.shards import ReadRules
 from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
+from curation.distributed.feed import LOW_PIXELS
 from curation.models.classifier import Classifier, build_classifier
 from curation.models.clip import ClipNetwork, Precision, build_network, load_resize, load_towers
+from curation.models.flexi import native_patch_size
 from curation.recipe import TrainRecipe
 from curation.recipe.train import Weights
 from curation.training.classifier_learner import ClassifierLearner
-from curation.training.contrastive_learner import ContrastiveLearner, Reference
+from curation.training.contrastive_learner import ContrastiveLearner, LowView, Reference
 from curation.training.learner import Learner
 
 
@@ -35,8 +39,11 @@ class LearnerSpec:
     """Of the model whose embeddings are the columns; None where none are read."""
 
 
-def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
-    """The learner at its beginning, and its reference."""
+def build_learner(spec: LearnerSpec, device: torch.device, *, clip: nn.Module | None = None) -> Learner:
+    """The learner at its beginning, and its reference; `clip` is open_clip's module to learn, if there is one already.
+
+    ValueError if that is another model than the recipe's learner.
+    """
     recipe, train = spec.recipe, spec.recipe.train
     images = "pixels" if recipe.data.features is None else "features"
     if recipe.is_classifier:
@@ -51,13 +58,13 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
             precision=spec.precision,
         )
     learner = recipe.learner
-    network = build_network(
-        learner.model,
-        **learner.source(),
-        num_features=spec.num_features,
-    )
+    network = build_network(learner.model, **learner.source(), num_features=spec.num_features)
+    if clip is not None:
+        network = _around(clip, network)
     return ContrastiveLearner(
         network=network.to(device),
+        low=_low_view(spec, network),
+        distill=train.distill,
         reference=_reference(spec, device),
         mimicked=_mimicked(spec, device) if recipe.mimics else None,
         mimic_layer=train.mimic_layer,
@@ -67,6 +74,29 @@ def build_learner(spec: LearnerSpec, device: torch.device) -> Learner:
         score_batch=train.score_batch,
         micro_batches=train.micro_batches,
         precision=spec.precision,
+    )
+
+
+def _around(clip: nn.Module, network: ClipNetwork) -> ClipNetwork:
+    """The model that is there, seen as the recipe's learner is."""
+    wanted, there = (
+        {name: tuple(value.shape) for name, value in module.state_dict().items()} for module in (network.clip, clip)
+    )
+    if wanted != there:
+        differs = sorted(set(wanted.items()) ^ set(there.items()))[0]
+        raise ValueError(f"the model is not the one that learner.model names: {differs[0]} {list(differs[1])} differs")
+    return ClipNetwork(clip, network.preprocess)
+
+
+def _low_view(spec: LearnerSpec, network: ClipNetwork) -> LowView | None:
+    low = spec.recipe.low_resolution
+    if not low.is_on:
+        return None
+    visual = cast(Any, network.clip).visual
+    return LowView(
+        images="pixels" if low.image_size is None else LOW_PIXELS,
+        patch_size=low.patch_size or native_patch_size(visual),
+        share=low.share,
     )
 
 

@@ -32,9 +32,12 @@ from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles, start_ledger
 from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.notices import note_url
+from curation.distributed.ready_batches import LoopSpec
 from curation.distributed.resources import cluster, grown
+from curation.distributed.run_ledger import LEDGER
+from curation.distributed.scoring_pool import close_pool, start_pool
 from curation.distributed.stopping import Stop
-from curation.distributed.train_loop import LEDGER, LoopSpec, alignment_url, progress_url, train_loop
+from curation.distributed.train_loop import alignment_url, progress_url, settings_of, train_loop
 from curation.distributed.train_plan import TrainPlan, checked, commit_to, pool_url, resolved
 from curation.ledger import LedgerSpec, gini
 from curation.models.clip import Precision
@@ -103,7 +106,7 @@ def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None, stop: Stop | 
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_POLL_S)
         storage.delete(note_url(recipe.output))
         with (
-            cluster(num_cpus=recipe.compute.workers * recipe.compute.feed_actors),
+            cluster(num_cpus=_cpus_wanted(recipe)),
             stop.on_sigterm(interrupts=False),
         ):
             summary = _run(recipe, plan, shards, watch, stop)
@@ -122,26 +125,8 @@ def _run(
     """Workers and ledger, until the last step or a stop. TrainFailed if they give up."""
     begun = time.time()
     device = _device(recipe)
-    kept = recipe.ledger
-    ledger = start_ledger(
-        recipe.output,
-        _shard_sizes(shards),
-        {LEDGER: LedgerSpec(kept.statistic, decay=kept.decay, variance=kept.variance)},
-        num_actors=kept.actors,
-    )
-    precision: Precision = "bfloat16" if device == "cuda" else "float32"
-    if recipe.train.precision != "auto":
-        precision = recipe.train.precision
-    learner = LearnerSpec(
-        recipe=recipe,
-        precision=precision,
-        rules=plan.rules,
-        num_features=plan.num_features,
-        classes=plan.classes,
-        reference_scale=plan.reference_scale,
-        reference_bias=plan.reference_bias,
-    )
-    spec = LoopSpec(learner=learner, columns=plan.columns, ledger=ledger)
+    spec = loop_spec(recipe, plan, device=device)
+    ledger = spec.ledger
     folder = storage.join(recipe.output, "train")
     # On a disk Ray opens it by itself: workers of a run with a filesystem of its own begin in another working folder.
     filesystem, path = (None, folder) if storage.is_local(folder) else storage.arrow_filesystem(folder)
@@ -170,9 +155,38 @@ def _run(
         storage.write_bytes(storage.join(recipe.output, "train", "error.txt"), _whole_story(error).encode())
         raise TrainFailed(f"{cause_of(error)}. The whole story is in {recipe.output}/train/error.txt") from error
     finally:
+        if spec.pool is not None:
+            close_pool(spec.pool)
         remembered = _remembered(ledger)
         ledger.close()
     return _account(recipe, shards, result, remembered, seconds=time.time() - begun, stopped=stop.reason)
+
+
+def loop_spec(recipe: TrainRecipe, plan: TrainPlan, *, device: str) -> LoopSpec:
+    """What workers are told; the ledger has been started, and the scoring pool if there is one."""
+    kept = recipe.ledger
+    ledger = start_ledger(
+        recipe.output,
+        _shard_sizes(offered.load(pool_url(recipe))),
+        {LEDGER: LedgerSpec(kept.statistic, decay=kept.decay, variance=kept.variance)},
+        num_actors=kept.actors,
+    )
+    precision: Precision = "bfloat16" if device == "cuda" else "float32"
+    if recipe.train.precision != "auto":
+        precision = recipe.train.precision
+    learner = LearnerSpec(
+        recipe=recipe,
+        precision=precision,
+        rules=plan.rules,
+        num_features=plan.num_features,
+        classes=plan.classes,
+        reference_scale=plan.reference_scale,
+        reference_bias=plan.reference_bias,
+    )
+    spec = LoopSpec(learner=learner, columns=plan.columns, ledger=ledger)
+    if recipe.train.scoring == "pool":
+        spec = dataclasses.replace(spec, pool=start_pool(spec, settings_of(recipe), device=device))
+    return spec
 
 
 def _remembered(ledger: LedgerHandles) -> dict[str, Any]:
@@ -191,12 +205,21 @@ def _remembered(ledger: LedgerHandles) -> dict[str, Any]:
 def _device(recipe: TrainRecipe) -> str:
     """cuda or cpu. ValueError if the cluster lacks the GPUs that the recipe asks for."""
     compute = recipe.compute
+    scorers = compute.scoring_actors if recipe.train.scoring == "pool" else 0
     bundle = {"CPU": float(compute.feed_actors), **({"GPU": 1.0} if compute.device == "cuda" else {})}
-    gpus = int(grown(bundle, compute.workers, wait_s=compute.wait_for_nodes_s).get("GPU", 0))
+    gpus = int(grown(bundle, compute.workers + scorers, wait_s=compute.wait_for_nodes_s).get("GPU", 0))
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and gpus < recipe.compute.workers:
-        raise ValueError(f"compute.workers={recipe.compute.workers} need a GPU each, the cluster has {gpus}")
+    # One scorer is enough: the others come when there is room for them.
+    if device == "cuda" and gpus < compute.workers + min(scorers, 1):
+        needed = f"compute.workers={compute.workers}" + (" and a scoring actor" if scorers else "")
+        raise ValueError(f"{needed} need a GPU each, the cluster has {gpus}")
     return device
+
+
+def _cpus_wanted(recipe: TrainRecipe) -> int:
+    compute = recipe.compute
+    is_pool = recipe.train.scoring == "pool"
+    return compute.scoring_actors if is_pool else compute.workers * compute.feed_actors
 
 
 def _shard_sizes(shards: list[OfferedShard]) -> np.ndarray:

@@ -20,7 +20,7 @@ from curation.data.shards import ReadRules
 from curation.distributed import versions
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.models.classifier import is_on_features
-from curation.models.clip import weights_digest
+from curation.models.clip import check_resolution, weights_digest
 from curation.recipe import Pool, TrainRecipe
 from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS
 
@@ -99,6 +99,7 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
     features = recipe.data.features
     num_features = tables.vector_width(run, shards[0].number, features) if features else None
     classes = _classes(recipe, shards) if recipe.data.label else ()
+    _check_low_resolution(recipe)
     scale, bias = _cached_reference(recipe, curated, records[shards[0].number], pieces)
     if recipe.data.truth is not None and not storage.exists(recipe.data.truth):
         raise ValueError(f"data.truth: no file {recipe.data.truth}")
@@ -175,6 +176,13 @@ def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: s
             f"make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
         )
     return made
+
+
+def _check_low_resolution(recipe: TrainRecipe) -> None:
+    """ValueError if the learner cannot be run at the low resolution that is asked for."""
+    low = recipe.low_resolution
+    if low.is_on:
+        check_resolution(recipe.learner.model, image_size=low.image_size, patch_size=low.patch_size)
 
 
 def _cached_reference(

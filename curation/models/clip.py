@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import Compose
 
+from curation.models import flexi
+
 Precision = Literal["float32", "bfloat16"]
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -140,17 +142,31 @@ class ClipNetwork(nn.Module):
             return pixels.to(self.mean.dtype)
         return pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, S_h, S_w, 3) -> (n, D) float32, unit norm."""
-        return F.normalize(cast(Any, self.clip).encode_image(self.normalise(pixels)).float(), dim=-1)
+    def embed_images(self, pixels: Tensor, *, patch_size: int | None = None) -> Tensor:
+        """uint8 (n, S_h, S_w, 3) -> (n, D) float32, unit norm; a vision transformer also at another resolution.
+
+        That is in patches of `patch_size` pixels, on images of any size that these tile; see `flexi`.
+        """
+        clip, images = cast(Any, self.clip), self.normalise(pixels)
+        if patch_size is None:
+            return F.normalize(clip.encode_image(images).float(), dim=-1)
+        return F.normalize(flexi.encode_image(clip.visual, images, patch_size=patch_size).float(), dim=-1)
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """int64 (n, L) -> (n, D) float32, unit norm."""
         return F.normalize(cast(Any, self.clip).encode_text(tokens).float(), dim=-1)
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> TowerOutput:
-        """uint8 (n, S_h, S_w, 3) and int64 (n, L) -> both embeddings, scale and bias."""
-        return TowerOutput(self.embed_images(pixels), self.embed_texts(tokens), *self.scale_and_bias())
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, low_pixels: Tensor | None = None, *, low_patch_size: int | None = None
+    ) -> TowerOutput:
+        """uint8 (n, S_h, S_w, 3) and int64 (n, L) -> both embeddings, scale and bias.
+
+        With `low_pixels` (m, s_h, s_w, 3), the images of the last m captions, the first n - m are in `pixels`.
+        """
+        images = [self.embed_images(pixels)] if len(pixels) or low_pixels is None else []
+        if low_pixels is not None and len(low_pixels):
+            images.append(self.embed_images(low_pixels, patch_size=low_patch_size))
+        return TowerOutput(torch.cat(images), self.embed_texts(tokens), *self.scale_and_bias())
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor]:
         """Scalars: the logit scale, already exponentiated, and the bias, 0 for a model without one."""
@@ -323,14 +339,27 @@ def _build_on_features(
     return network
 
 
-def load_resize(name: str, *, pretrained: str | None = None) -> Resize:
-    """The same `resize` as the towers', without building the model: for tasks that only decode."""
-    return Resize(_preprocess(name, pretrained=pretrained))
+def load_resize(name: str, *, pretrained: str | None = None, image_size: int | None = None) -> Resize:
+    """The same `resize` as the towers', without building the model: for tasks that only decode.
+
+    With `image_size` its result has that side, whatever the model's own.
+    """
+    return Resize(_preprocess(name, pretrained=pretrained, image_size=image_size))
 
 
-def load_fast_resize(name: str, *, pretrained: str | None = None) -> FastResize:
+def load_fast_resize(name: str, *, pretrained: str | None = None, image_size: int | None = None) -> FastResize:
     """The resize for JPEGs that were decoded at a part of their size. ValueError for a model whose transform pads."""
-    return FastResize(_preprocess(name, pretrained=pretrained))
+    return FastResize(_preprocess(name, pretrained=pretrained, image_size=image_size))
+
+
+def check_resolution(name: str, *, image_size: int | None, patch_size: int | None) -> None:
+    """ValueError if a model cannot see square images of this size in patches of this size; None is its own size."""
+    vision = _model_config(name)["vision_cfg"]
+    if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision:
+        raise ValueError(f"low_resolution is for open_clip's own vision transformers, which {name!r} does not have")
+    side, patch = image_size or _height_width(vision.get("image_size", 224))[0], patch_size or vision["patch_size"]
+    if side % patch:
+        raise ValueError(f"low_resolution: patches of {patch} pixels do not tile images of {side} pixels ({name})")
 
 
 def save_checkpoint(network: ClipNetwork, path: str | Path) -> None:
@@ -407,10 +436,10 @@ def _tag_config(name: str, pretrained: str) -> dict[str, Any]:
     return config
 
 
-def _preprocess(name: str, *, pretrained: str | None) -> PreprocessCfg:
-    """The inference transform's description: the tag's, at the architecture's image size."""
+def _preprocess(name: str, *, pretrained: str | None, image_size: int | None = None) -> PreprocessCfg:
+    """The inference transform's description: the tag's, at the architecture's image size or another."""
     tag = {} if pretrained is None else _tag_config(name, pretrained)
-    size = _height_width(_model_config(name)["vision_cfg"].get("image_size", 224))
+    size = _height_width(image_size or _model_config(name)["vision_cfg"].get("image_size", 224))
     return PreprocessCfg(**merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), tag), {"size": size}))
 
 

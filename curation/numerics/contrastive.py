@@ -95,6 +95,34 @@ def _logits_of_rows(
     return by_image_NM, by_text_NM, torch.arange(first, first + n, device=image_ND.device)
 
 
+def softmax_distillation(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    *,
+    logit_scale: Tensor,
+    reference: Batch,
+    reference_scale: float,
+    within: Batch | None = None,
+) -> Tensor:
+    """How far the learner's softmax picks are from the reference's, (N,): the mean of both directions.
+
+    Cross entropy of the reference's distribution over the batch with the learner's: the softmax distillation of ACED
+    (Udandarao et al. 2024, arXiv:2411.18674). `reference` holds the reference's embeddings of the whole batch, (M, E)
+    of any width E, and where the N rows are in it.
+    """
+    zero = torch.zeros((), device=image_ND.device)
+    by_image_NM, by_text_NM, own_N = _logits_of_rows(image_ND, text_ND, logit_scale, zero, within)
+    teacher = [side[own_N].float() for side in reference[:2]]
+    loss_N = torch.zeros(len(own_N), device=image_ND.device)
+    for logits_NM, rows_NE, others_ME in (
+        (by_image_NM, teacher[0], reference.text_MD),
+        (by_text_NM, teacher[1], reference.image_MD),
+    ):
+        target_NM = (reference_scale * (rows_NE @ others_ME.float().T)).softmax(dim=1)
+        loss_N = loss_N - (target_NM * logits_NM.log_softmax(dim=1)).sum(dim=1) / 2
+    return loss_N
+
+
 @torch.no_grad()
 def blocked_pair_losses(
     image_ND: Tensor,

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from curation.columns import LEDGER_COLUMNS
 from curation.models.classifier import is_on_features
 from curation.recipe.parts import MethodArgument, Part, WeightsSource, WholeRecipe, selector_of
 from curation.selector import Selector
@@ -71,6 +72,25 @@ class Reference(Part):
         return self
 
 
+class LowResolution(Part):
+    """Flexi-JEST: candidates are scored at low resolution, and a share of each sub-batch is trained at it.
+
+    Neither size given: all is done at the learner's own resolution. Vision transformers of open_clip's own, on pixels.
+    """
+
+    patch_size: int | None = Field(default=None, gt=0)
+    """Larger patches on images of the same size; the patch embedding is resampled (the paper: 32 beside 16)."""
+    image_size: int | None = Field(default=None, gt=0)
+    """Smaller images: candidates are decoded at this size, and of the chosen only those that are trained in full."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the sub-batch that is trained at low resolution. 0: scored low, trained in full."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if anything is done at low resolution."""
+        return self.patch_size is not None or self.image_size is not None
+
+
 class Train(Part):
     """Steps, batches and the optimiser. Defaults: JEST (arXiv:2406.17711) and SigLIP (arXiv:2303.15343)."""
 
@@ -79,6 +99,14 @@ class Train(Part):
     """Rows that a step trains on, over all workers (b)."""
     filter_ratio: float = Field(default=0.8, ge=0, lt=1)
     """1 - b/B: the share of each super-batch that is not trained on; 0 trains on all that is loaded."""
+    scoring: Literal["trainer", "pool"] = "trainer"
+    """trainer: each worker scores its own share of the super-batch. pool: actors of their own score and choose, and the
+    workers pull sub-batches from them."""
+    publish_every: int = Field(default=1, gt=0)
+    """For the pool: steps between two publications of the learner's weights."""
+    score_ahead: int = Field(default=0, ge=0)
+    """For the pool: a step is scored with weights that are so many steps old, or older until the next publication; so
+    many steps are scored while others are trained. 0 with weights published at every step chooses as `trainer` does."""
     scope: Literal["global", "local"] = "global"
     """local: each worker selects from its own share of the super-batch. To measure what that costs."""
     quota: bool = False
@@ -89,6 +117,8 @@ class Train(Part):
     """Parts in which a worker's share of the sub-batch is differentiated; the loss still sees the whole sub-batch."""
     objective: Literal["sigmoid", "softmax", "cross_entropy"] = "sigmoid"
     """sigmoid (SigLIP) and softmax (CLIP) learn from pairs, cross_entropy from labels."""
+    distill: float = Field(default=0.0, ge=0)
+    """ACED (arXiv:2411.18674): so many times the softmax distillation of the reference is added to the loss."""
     mimic_layer: str = "head.weight"
     """For grad_mimic: the learner's parameter or module whose gradients are compared with the way to the reference's
     weights; empty for the whole network. Of a model of pairs, open_clip's name, as visual.transformer.resblocks.11."""
@@ -146,6 +176,8 @@ class Workers(Part):
     workers: int = Field(default=1, gt=0)
     """Ray Train workers, one GPU each; on CPUs as many processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    scoring_actors: int = Field(default=1, gt=0)
+    """Actors of the scoring pool, one GPU each; on CPUs one CPU each. More than `train.score_ahead` find no work."""
     feed_actors: int = Field(default=1, gt=0)
     """Actors per worker that read and decode super-batches ahead; each takes one CPU."""
     decode_threads: int = Field(default=2, gt=0)
@@ -179,6 +211,7 @@ class TrainRecipe(WholeRecipe):
     data: Data = Data()
     learner: Weights = Weights()
     reference: Reference = Reference()
+    low_resolution: LowResolution = LowResolution()
     method: MethodArgument = Field(default_factory=lambda: {"name": "jest"})
     """{"name": a file in curation/methods, and the fields of its selector}; `uniform` is the rival of all."""
     train: Train = Train()
@@ -241,6 +274,32 @@ class TrainRecipe(WholeRecipe):
             raise ValueError(
                 "reference.columns are embeddings; a classifier is compared with reference.weights, online"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_scored_in_a_pool(self) -> Self:
+        train = self.train
+        if train.scoring == "trainer":
+            if train.publish_every != 1 or train.score_ahead:
+                raise ValueError("train.publish_every and train.score_ahead are for train.scoring pool")
+        elif train.scope != "global" or train.quota:
+            raise ValueError("train.scope local and train.quota are for scoring that is spread over the workers")
+        elif self.mimics or self.selector().needs & LEDGER_COLUMNS:
+            raise ValueError(
+                f"train.scoring pool cannot make what method {self.method['name']!r} needs: a reference's weights, or "
+                "the ledger as it stands after the step before"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_had_at_low_resolution(self) -> Self:
+        low, is_of_pixels = self.low_resolution, self.data.features is None and not self.is_classifier
+        if low.is_on and (not is_of_pixels or self.mimics):
+            raise ValueError("low_resolution is for pairs whose images are pixels, and for methods that score by them")
+        if low.image_size is not None and self.reference.online:
+            raise ValueError("low_resolution.image_size leaves no full images for reference.online: cache its columns")
+        if self.train.distill and (self.is_classifier or self.mimics):
+            raise ValueError("train.distill is for pairs, from the reference whose embeddings are compared with")
         return self
 
     @property

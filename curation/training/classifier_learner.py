@@ -59,6 +59,10 @@ class ClassifierLearner:
         return (self.images, "label")
 
     @property
+    def low_images(self) -> None:
+        """A classifier sees its images at one resolution."""
+
+    @property
     def lacks(self) -> frozenset[str]:
         """Embeddings, which no classifier has, and the reference's loss if there is no reference."""
         absent = {"image_embedding", "text_embedding", "reference_image_embedding", "reference_text_embedding"}
@@ -222,7 +226,9 @@ class ClassifierLearner:
         """The whole classifier's; the reference's only where its loss is needed: a mimic score takes its weights."""
         first = block[self.images][:1]
         is_run = self.reference is not None and "reference_loss" in needs
+        flops = float(forward_flops(self.network, first))
         return RowFlops(
-            learner=float(forward_flops(self.network, first)),
+            scoring=flops,
+            training=flops,
             reference=float(forward_flops(self.reference, first)) if is_run and self.reference else 0.0,
         )

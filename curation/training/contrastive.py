@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from curation.models.clip import ClipNetwork
@@ -38,13 +37,12 @@ def make_optimizer(
     return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def shuffled_batches(
-    pixels: Tensor, tokens: Tensor, *, batch_size: int, seed: int, first_step: int = 0
-) -> Iterator[PairBatch]:
+def shuffled_batches(pairs: PairBatch, *, batch_size: int, seed: int, first_step: int = 0) -> Iterator[PairBatch]:
     """Endless batches of rows in memory, each round in its own order and without its incomplete last batch.
 
     ValueError if there are fewer rows than `batch_size`.
     """
+    pixels, tokens = pairs.pixels, pairs.tokens
     if len(pixels) != len(tokens) or not 1 <= batch_size <= len(pixels):
         raise ValueError(
             f"batch_size must be in [1, {len(pixels)}], got {batch_size}; there are {len(tokens)} captions"

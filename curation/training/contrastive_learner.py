@@ -33,7 +33,17 @@ from curation.training.learner import (
 from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
 from curation.training.mimic_pairs import pair_mimic_scores
 from curation.training.scoring import embed_rows, losses_in_super_batch
-from curation.training.step import PairBatch, StepReport, contrastive_step
+from curation.training.step import Distillation, PairBatch, StepReport, contrastive_step
+
+
+class LowView(NamedTuple):
+    """How the learner sees images at low resolution."""
+
+    images: str
+    """Their column: the learner's own, seen in larger patches, or one of smaller images."""
+    patch_size: int
+    share: float
+    """Of the rows that are trained on."""
 
 
 class Reference(NamedTuple):
@@ -55,6 +65,9 @@ class ContrastiveLearner:
     """Name of the parameter or module of open_clip's model that mimic scores are made for; empty for all of it."""
     weight_scope: WeightScope = "all"
     images: str = "pixels"
+    low: LowView | None = None
+    distill: float = 0.0
+    """How many times the distillation of the reference is added to the loss."""
     objective: str = "sigmoid"
     score_batch: int = 1024
     micro_batches: int = 1
@@ -67,8 +80,13 @@ class ContrastiveLearner:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Images and tokens."""
-        return (self.images, "tokens")
+        """Images and tokens, and what the reference says of the rows if it is distilled."""
+        return (self.images, "tokens", *(sorted(REFERENCE_COLUMNS) if self.distill else ()))
+
+    @property
+    def low_images(self) -> str | None:
+        """As `low` names it."""
+        return None if self.low is None else self.low.images
 
     @property
     def lacks(self) -> frozenset[str]:
@@ -87,9 +105,10 @@ class ContrastiveLearner:
         if needs & (LEARNER_COLUMNS - {"mimic_score"}):
             rows["image_embedding"], rows["text_embedding"] = embed_rows(
                 self.network,
-                block[self.images],
+                block[self.low_images or self.images],
                 block["tokens"],
                 batch_size=self.score_batch,
+                patch_size=None if self.low is None else self.low.patch_size,
                 autocast=autocast(device, self.precision),
             )
             check_finite(torch.cat([rows["image_embedding"], rows["text_embedding"]], dim=1), what="embeddings")
@@ -130,7 +149,7 @@ class ContrastiveLearner:
             return None
         layer, reference = layer_of(self.network.clip, self.mimic_layer), layer_of(self.mimicked.clip, self.mimic_layer)
         check_fits(layer, reference)
-        images, tokens = (block[name][: self.score_batch] for name in self.inputs)
+        images, tokens = (block[name][: self.score_batch] for name in (self.images, "tokens"))
 
         def accuracy(network: ClipNetwork) -> float:
             return pick_accuracy(*embed_rows(network, images, tokens, batch_size=len(images))).item()
@@ -169,7 +188,7 @@ class ContrastiveLearner:
         """A contrastive step; the logit scale stays within its bound."""
         report = contrastive_step(
             model,
-            PairBatch(*inputs),
+            self._batch(inputs),
             weights=weights,
             optimizer=optimizer,
             objective=load_objective(self.objective),
@@ -181,6 +200,22 @@ class ContrastiveLearner:
         with torch.no_grad():
             self.network.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         return report
+
+    def _batch(self, inputs: list[Tensor]) -> PairBatch:
+        """A sub-batch's inputs by name."""
+        images, tokens, *others = inputs
+        low, patch_size = (others.pop(), self.low.patch_size) if self.low else (None, None)
+        if not self.distill:
+            return PairBatch(images, tokens, low, patch_size)
+        assert self.reference is not None
+        said = dict(zip(sorted(REFERENCE_COLUMNS), others, strict=True))
+        distillation = Distillation(
+            said["reference_image_embedding"],
+            said["reference_text_embedding"],
+            self.reference.logit_scale,
+            self.distill,
+        )
+        return PairBatch(images, tokens, low, patch_size, distillation)
 
     @property
     def _weighted(self) -> list[nn.Parameter] | None:
@@ -201,9 +236,22 @@ class ContrastiveLearner:
 
     def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
         """Both towers'."""
-        first = block[self.images][:1], block["tokens"][:1]
+        tokens, size = block["tokens"][:1], self.network.preprocess.size
+        # Where candidates come as smaller images there is none in full.
+        images = block[self.images][:1] if self.images in block else _blank_image(size)
+        full = sum(tower_flops(self.network, images, tokens))
+        low, share = full, 0.0
+        if self.low is not None:
+            low = sum(tower_flops(self.network, block[self.low.images][:1], tokens, patch_size=self.low.patch_size))
+            share = self.low.share
         towers = None if self.reference is None else self.reference.towers
         return RowFlops(
-            learner=sum(tower_flops(self.network, *first)),
-            reference=0.0 if towers is None else sum(tower_flops(towers.network, *first)),
+            scoring=low,
+            training=share * low + (1 - share) * full,
+            reference=0.0 if towers is None else sum(tower_flops(towers.network, images, tokens)),
         )
+
+
+def _blank_image(size: int | tuple[int, int]) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, height, width, 3, dtype=torch.uint8)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,11 @@ class TowerFlops(NamedTuple):
     text: int  # per caption
 
 
-def tower_flops(network: ClipNetwork, pixels: Tensor, tokens: Tensor) -> TowerFlops:
+def tower_flops(network: ClipNetwork, pixels: Tensor, tokens: Tensor, *, patch_size: int | None = None) -> TowerFlops:
     """FLOPs per image and per caption of a forward pass, for inputs shaped like `pixels` and `tokens`.
 
-    `pixels` uint8 (n, S_h, S_w, 3), `tokens` int64 (m, L), n and m >= 1. Matrix products, convolutions and attention
+    `pixels` uint8 (n, S_h, S_w, 3), `tokens` int64 (m, L), n and m >= 1; `patch_size` as in `embed_images`, its
+    resampling left out, which is done once for any number of images. Matrix products, convolutions and attention
     are counted, all else is left out. Nothing is computed: a copy of the network runs without weights. ValueError if n
     or m is 0.
     """
@@ -44,8 +46,9 @@ def tower_flops(network: ClipNetwork, pixels: Tensor, tokens: Tensor) -> TowerFl
     # On the meta device attention is plain matrix products. The counter does not see fused kernels: on a CPU, in eval
     # mode, it misses a third of a ViT-B/32.
     hollow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+    embed, one = partial(hollow.embed_images, patch_size=patch_size), pixels[:1].to("meta")
     return TowerFlops(
-        image=_count(hollow.embed_images, pixels.to("meta")) // len(pixels),
+        image=_count(embed, torch.cat([one, one])) - _count(embed, one),
         text=_count(hollow.embed_texts, tokens.to("meta")) // len(tokens),
     )
 

@@ -34,7 +34,10 @@ REFERENCE_COLUMNS = frozenset({"reference_image_embedding", "reference_text_embe
 class RowFlops(NamedTuple):
     """Floating-point operations of one forward pass per row."""
 
-    learner: float
+    scoring: float
+    """Of the learner, as it scores."""
+    training: float
+    """Of the learner, as it is trained: the mean, where rows are seen at two resolutions."""
     reference: float
     """Of a reference that runs online; 0 where its columns are stored."""
 
@@ -67,6 +70,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def low_images(self) -> str | None:
+        """The column of images that are seen at low resolution: in scoring, and of some rows in training; or None."""
+        ...
+
+    @property
     def lacks(self) -> frozenset[str]:
         """Names of columns that it cannot make, because there is no reference."""
         ...
@@ -89,7 +97,10 @@ class Learner(Protocol):
     def step(
         self, model: nn.Module, inputs: list[Tensor], *, weights: Tensor, optimizer: Optimizer, max_grad_norm: float
     ) -> StepReport:
-        """A step on n rows; `model` is `network`, or wraps it. NotFinite before anything has changed."""
+        """A step on n rows, `inputs` as in a SubBatch; `model` is `network`, or wraps it.
+
+        NotFinite before anything has changed.
+        """
         ...
 
     def reference_loss(self, selected: Rows) -> float | None:

@@ -22,6 +22,14 @@ from curation.training.collectives import Handover, gather, ranks
 Scope = Literal["global", "local"]
 
 
+class Portion(NamedTuple):
+    """Some of the rows that a rank trains on, as in `Chosen`."""
+
+    own: Tensor
+    handovers: list[Handover]
+    weights: Tensor
+
+
 class Chosen(NamedTuple):
     """What a rank has to do with its rows, and what all ranks know."""
 
@@ -39,6 +47,19 @@ class Chosen(NamedTuple):
     """(n,) bool: which of this rank's rows were chosen, wherever they are trained on."""
     row_weights: Tensor
     """(n,) float32 of this rank's rows, wherever they are trained on; 0 for those that were not chosen."""
+    is_low: Tensor
+    """(W n,) bool of all ranks' rows, on the CPU: which of the chosen are trained at low resolution."""
+
+    def portion(self, *, low: bool) -> Portion:
+        """What this rank trains on at one of the two resolutions."""
+        n, rank = len(self.scores), ranks().rank
+        own_is_low = self.is_low[rank * n + self.own.cpu()]
+        low_handovers = [bool(self.is_low[h.source * n + h.row]) for h in self.handovers]
+        pairs = list(zip(self.handovers, low_handovers, strict=True))
+        received = torch.tensor([is_low for h, is_low in pairs if h.target == rank], dtype=torch.bool)
+        wanted = (torch.cat([own_is_low, received]) == low).to(self.weights.device)
+        handovers = [h for h, is_low in pairs if is_low == low]
+        return Portion(self.own[(own_is_low == low).to(self.own.device)], handovers, self.weights[wanted])
 
 
 def choose(
@@ -51,8 +72,9 @@ def choose(
     step: int,
     scope: Scope = "global",
     quota: bool = False,
+    low_share: float = 0.0,
 ) -> Chosen:
-    """Choose `keep` of all ranks' rows. Collective.
+    """Choose `keep` of all ranks' rows, and at random a share of them for low resolution. Collective.
 
     `rows` are this rank's n rows: `address`, `ok` (bool: may be chosen) and what the selector needs; all tensors on the
     process group's device. ValueError if `keep` does not divide among the ranks, or fewer rows than that may be chosen.
@@ -92,8 +114,11 @@ def choose(
     row_weights = torch.zeros(n * world_size, device=places.device)
     row_weights[places] = weight
     mine = slice(rank * n, (rank + 1) * n)
+    is_low = torch.zeros(n * world_size, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(_mixed(seed, step, -1))
+    is_low[places.cpu()[torch.randperm(len(places), generator=generator)[: round(low_share * len(places))]]] = True
     selected = take(gathered, places)
-    return Chosen(own, handovers, own_weights, scores[mine], selected, is_selected[mine], row_weights[mine])
+    return Chosen(own, handovers, own_weights, scores[mine], selected, is_selected[mine], row_weights[mine], is_low)
 
 
 def level(

@@ -1,16 +1,15 @@
 """One step of online selection on one rank: score the super-batch, choose, exchange rows, take the weighted step.
 
 The rows come in as columns on the CPU, whoever read them; what must be remembered goes out as columns. Nothing here
-knows of files, clocks beyond a stopwatch, or Ray. All ranks call `OnlineTrainer.step` together.
+knows of files, clocks beyond a stopwatch, or Ray. All ranks call `OnlineTrainer.step` together; where another process
+has chosen already, they call `train_on` with what it serves.
 
 n = B/W rows of this rank.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,25 +18,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from curation.columns import LEDGER_COLUMNS
 from curation.selector import Rows, Selector
-from curation.training.collectives import hand_over, ranks
-from curation.training.learner import LEARNER_COLUMNS, Kept, Learner
-from curation.training.online import Chosen, Scope, choose
+from curation.training.collectives import ranks
+from curation.training.learner import Learner
+from curation.training.picking import InFull, Picked, Picker, PickSettings, Stopwatch, SubBatch
 from curation.training.schedules import warmup_cosine
 from curation.training.step import StepReport
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineSettings:
+class OnlineSettings(PickSettings):
     """What does not change from step to step."""
 
-    keep: int
-    """Rows that a step trains on, of all ranks."""
     num_steps: int
-    seed: int
-    scope: Scope = "global"
-    quota: bool = False
     learning_rate: float = 1e-3
     warmup: float = 0.05
     cooldown: float = 0.0
@@ -50,14 +43,13 @@ class Outcome(NamedTuple):
     """What a step did."""
 
     report: StepReport
-    chosen: Chosen
-    reference_loss: float | None
-    """Mean loss of the trained rows under the reference, as a batch of their own; None without a reference."""
-    recorded: tuple[Tensor, Tensor]
-    """Addresses and the statistic that the ledger keeps of them, of rows of this rank; not finite ones left out."""
-    trained: Tensor
-    """Addresses of this rank's rows that were trained on, here or elsewhere."""
+    picked: Picked
     seconds: dict[str, float]
+
+    @property
+    def reused_forward(self) -> bool:
+        """True if the step trained on the forward pass that it scored with."""
+        return self.picked.kept is not None
 
 
 class OnlineTrainer:
@@ -72,93 +64,32 @@ class OnlineTrainer:
         *,
         recall: Callable[[Tensor], Rows] | None = None,
     ):
-        """`recall` gives the ledger's columns (n,) of addresses, on the CPU.
-
-        ValueError if the selector needs what this learner, without a reference, cannot make, or the ledger and there is
-        none.
-        """
+        """`recall` and ValueError as in `Picker`."""
+        self.picker = Picker(learner, selector, settings, recall=recall)
         self.learner, self.optimizer, self.settings = learner, optimizer, settings
-        self.device = next(learner.network.parameters()).device
-        self._selector, self._recall = selector, recall
-        needs = selector.needs
-        if lacking := sorted(needs & learner.lacks):
-            raise ValueError(
-                f"{type(selector).__name__} compares with a reference or needs embeddings, and {lacking} are not there"
-            )
-        if needs & LEDGER_COLUMNS and recall is None:
-            raise ValueError(f"{type(selector).__name__} needs {sorted(needs & LEDGER_COLUMNS)} of a ledger")
-        self.scores_learner = bool(needs & LEARNER_COLUMNS)
-        """True if every row of the super-batch costs a forward pass of the learner."""
-        self.reuses_forward = False
-        """True if the last step trained on the forward pass that it scored with."""
+        self.device = self.picker.device
         model: nn.Module = learner.network
         if ranks().world_size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self._model: Any = torch.compile(model) if settings.compiled else model
+        self.model: Any = torch.compile(model) if settings.compiled else model
+        """The learner's network, spread over the ranks and compiled as it may be."""
 
-    def step(self, number: int, block: Rows) -> Outcome:
+    def step(self, number: int, block: Rows, in_full: InFull | None = None) -> Outcome:
         """Take step `number`, from 0, with this rank's rows: `address`, `ok`, the learner's inputs and stored columns.
 
         NotFinite if loss or gradient is not finite, before anything has changed.
         """
-        settings, watch = self.settings, Stopwatch()
-        progress = number / settings.num_steps
-        with watch("score"):
-            kept = self._keep(block)
-            self.reuses_forward = kept is not None
-            rows = self._rows(block, kept)
-        with watch("select"):
-            chosen = choose(
-                self._selector,
-                rows,
-                keep=settings.keep,
-                progress=progress,
-                seed=settings.seed,
-                step=number,
-                scope=settings.scope,
-                quota=settings.quota,
-            )
-        with watch("exchange"):
-            inputs = [] if kept else self._inputs(block, chosen)
-        with watch("step"):
-            report = self._train(number, inputs, chosen, kept)
-        with watch("score"):
-            reference_loss = self.learner.reference_loss(chosen.selected)
-        recorded = self._recorded(rows, chosen)
-        trained = rows["address"][chosen.is_own_selected].cpu()
-        return Outcome(report, chosen, reference_loss, recorded, trained, watch.seconds)
+        watch, progress = Stopwatch(), number / self.settings.num_steps
+        picked, sub_batch = self.picker.choose(
+            number, block, progress=progress, model=self.model, in_full=in_full, watch=watch
+        )
+        return self.train_on(number, sub_batch, picked, watch=watch)
 
-    def _keep(self, block: Rows) -> Kept | None:
-        """The forward pass of the whole super-batch, if all of it will be trained on."""
-        if len(block["address"]) * ranks().world_size != self.settings.keep or not self.scores_learner:
-            return None
-        return self.learner.keep(self._model, block, self._selector.needs)
-
-    def _rows(self, block: Rows, kept: Kept | None) -> Rows:
-        """The columns that are gathered: what the method needs, and what the log says of the chosen rows."""
-        needs = self._selector.needs
-        bulky = set(self.learner.inputs) - needs - {"label"}
-        rows = {name: value.to(self.device) for name, value in block.items() if name not in bulky}
-        rows |= self.learner.rows(block, needs) if kept is None else kept.rows
-        if needs & LEDGER_COLUMNS and self._recall is not None:
-            rows |= {name: value.to(self.device) for name, value in self._recall(block["address"]).items()}
-        return rows
-
-    def _inputs(self, block: Rows, chosen: Chosen) -> list[Tensor]:
-        own = chosen.own.cpu()
-        columns = [block[name] for name in self.learner.inputs]
-        parts = [column[own].to(self.device) for column in columns]
-        if chosen.handovers:
-            # Only what travels goes to the device beside the own rows: the super-batch's pixels stay where they are.
-            leaving = sorted({h.row for h in chosen.handovers if h.source == ranks().rank})
-            places = {row: place for place, row in enumerate(leaving)}
-            moved = [h._replace(row=places[h.row]) if h.source == ranks().rank else h for h in chosen.handovers]
-            received = hand_over([column[leaving].to(self.device) for column in columns], moved)
-            parts = [torch.cat(pair) for pair in zip(parts, received, strict=True)]
-        return parts
-
-    def _train(self, number: int, inputs: list[Tensor], chosen: Chosen, kept: Kept | None) -> StepReport:
-        settings = self.settings
+    def train_on(
+        self, number: int, sub_batch: SubBatch | None, picked: Picked, *, watch: Stopwatch | None = None
+    ) -> Outcome:
+        """Train on what was chosen; without a sub-batch on the forward pass that was kept. Collective."""
+        settings, watch = self.settings, watch or Stopwatch()
         # The middle of the step: neither the first nor the last one has a learning rate of 0.
         factor = warmup_cosine(
             (number + 0.5) / settings.num_steps,
@@ -168,31 +99,18 @@ class OnlineTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
-        if kept is not None:
-            return kept.step(chosen.row_weights, self.optimizer, settings.max_grad_norm)
+        with watch("step"):
+            report = self._train(sub_batch, picked)
+        return Outcome(report, picked, watch.seconds)
+
+    def _train(self, sub_batch: SubBatch | None, picked: Picked) -> StepReport:
+        if sub_batch is None:
+            assert picked.kept is not None
+            return picked.kept.step(picked.chosen.row_weights, self.optimizer, self.settings.max_grad_norm)
         return self.learner.step(
-            self._model,
-            inputs,
-            weights=chosen.weights,
+            self.model,
+            sub_batch.inputs,
+            weights=sub_batch.weights,
             optimizer=self.optimizer,
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=self.settings.max_grad_norm,
         )
-
-    def _recorded(self, rows: Rows, chosen: Chosen) -> tuple[Tensor, Tensor]:
-        keeps_loss = self._selector.records == "loss" and "learner_loss" in rows
-        values = rows["learner_loss"] if keeps_loss else chosen.scores
-        usable = torch.isfinite(values) & rows["ok"]
-        return rows["address"][usable].cpu(), values[usable].float().cpu()
-
-
-class Stopwatch:
-    """Seconds by name, added up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun

@@ -21,17 +21,20 @@ def embed_rows(
     tokens: Tensor,
     *,
     batch_size: int,
+    patch_size: int | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image and text embeddings (n, D) float32 of unit norm, without gradient, `batch_size` rows at a time.
 
-    The network's training mode is left as it is; pixels and tokens may lie on another device.
+    `patch_size` as in `ClipNetwork.embed_images`. The network's training mode is left as it is; pixels and tokens may
+    lie on another device.
     """
     device = network.log_scale.device
     images, texts = [], []
     with torch.no_grad(), autocast or contextlib.nullcontext():
         for at in range(0, len(pixels), batch_size):
-            images.append(network.embed_images(pixels[at : at + batch_size].to(device, non_blocking=True)))
+            part = pixels[at : at + batch_size].to(device, non_blocking=True)
+            images.append(network.embed_images(part, patch_size=patch_size))
             texts.append(network.embed_texts(tokens[at : at + batch_size].to(device, non_blocking=True)))
     return torch.cat(images), torch.cat(texts)
 

@@ -22,8 +22,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from curation.models.clip import TowerOutput
-from curation.numerics.contrastive import Batch, PairLoss
-from curation.training.collectives import gather_with_gradient, ranks, sum_over_ranks
+from curation.numerics.contrastive import Batch, PairLoss, softmax_distillation
+from curation.training.collectives import gather, gather_with_gradient, ranks, sum_over_ranks
+
+
+class Distillation(NamedTuple):
+    """What the reference says of this rank's rows, and how much of it enters the loss."""
+
+    image: Tensor  # (n, E) unit norm, the reference's
+    text: Tensor  # (n, E)
+    logit_scale: float  # the reference's
+    share: float  # what the distillation's loss is multiplied by
 
 
 class PairBatch(NamedTuple):
@@ -31,6 +40,37 @@ class PairBatch(NamedTuple):
 
     pixels: Tensor  # uint8 (n, S, S, 3), or features (n, F) for a network that takes them
     tokens: Tensor  # int64 (n, L)
+    low_pixels: Tensor | None = None
+    """uint8 (m, s, s, 3): images of the last m rows, at low resolution; `pixels` then holds the first n - m."""
+    low_patch_size: int | None = None
+    """The patch size at which the network embeds those."""
+    distillation: Distillation | None = None
+
+    def embedded_by(self, model: Callable[..., TowerOutput]) -> TowerOutput:
+        """The model's output for all rows, in their order."""
+        if self.low_pixels is None:
+            return model(self.pixels, self.tokens)
+        return model(self.pixels, self.tokens, self.low_pixels, low_patch_size=self.low_patch_size)
+
+    def parts(self, count: int) -> list[tuple[Tensor, PairBatch]]:
+        """Row numbers (n_k,) of each of `count` parts, and the part; each has its share of rows at low resolution."""
+        n, full = len(self.tokens), len(self.pixels)
+        rows = torch.arange(n, device=self.tokens.device)
+        if self.low_pixels is None:
+            return [(part, PairBatch(self.pixels[part], self.tokens[part])) for part in rows.chunk(count)]
+        both = zip(rows[:full].tensor_split(count), rows[full:].tensor_split(count), strict=True)
+        return [
+            (
+                torch.cat(part),
+                PairBatch(
+                    self.pixels[part[0]],
+                    self.tokens[torch.cat(part)],
+                    self.low_pixels[part[1] - full],
+                    self.low_patch_size,
+                ),
+            )
+            for part in both
+        ]
 
 
 class StepReport(NamedTuple):
@@ -50,6 +90,8 @@ class NotFinite(ValueError):
     def __init__(self, message: str, *, rows: list[int]):
         super().__init__(message)
         self.rows = rows
+        self.addresses: list[int] = []
+        """Of all rows that this rank was at work on, where the one who raises it knows them."""
 
 
 def contrastive_step(
@@ -71,15 +113,15 @@ def contrastive_step(
     weights do not fit the batch, NotFinite (on every rank) if a loss or the gradient is not finite: both before the
     weights or the optimizer's state have changed.
     """
-    check_weights(weights, len(batch.pixels))
+    check_weights(weights, len(batch.tokens))
     autocast = autocast or contextlib.nullcontext()
 
     def backward() -> StepReport:
         if micro_batches > 1:
             return _backward_in_parts(model, batch, weights, objective, micro_batches=micro_batches, autocast=autocast)
         with autocast:
-            output = model(batch.pixels, batch.tokens)
-        return _backward(output, weights, objective, weighted=weighted)
+            output = batch.embedded_by(model)
+        return _backward(output, weights, objective, weighted=weighted, distillation=batch.distillation)
 
     if weighted is not None and micro_batches > 1:
         raise ValueError(f"weights for some of the parameters need micro_batches=1, got {micro_batches}")
@@ -158,7 +200,12 @@ def report_of(losses: Tensor, weights: Tensor, *, hits: Tensor, logit_scale: flo
 
 
 def _backward(
-    output: TowerOutput, weights: Tensor, objective: PairLoss, *, weighted: Sequence[nn.Parameter] | None = None
+    output: TowerOutput,
+    weights: Tensor,
+    objective: PairLoss,
+    *,
+    weighted: Sequence[nn.Parameter] | None = None,
+    distillation: Distillation | None = None,
 ) -> StepReport:
     """Gradients of the whole batch's loss, from this rank's embeddings (n, D)."""
     image_nD, text_nD, logit_scale, logit_bias = output
@@ -167,6 +214,15 @@ def _backward(
     if world_size > 1:
         within = Batch(gather_with_gradient(image_nD), gather_with_gradient(text_nD), rank * len(image_nD))
     losses = objective(image_nD, text_nD, logit_scale=logit_scale, logit_bias=logit_bias, within=within)
+    if distillation is not None:
+        losses = losses + distillation.share * softmax_distillation(
+            image_nD,
+            text_nD,
+            logit_scale=logit_scale,
+            reference=Batch(gather(distillation.image), gather(distillation.text), rank * len(image_nD)),
+            reference_scale=distillation.logit_scale,
+            within=within,
+        )
     backward_weighted(losses, weights, weighted=weighted)
     with torch.no_grad():
         texts_MD = text_nD if within is None else within.text_MD
@@ -185,27 +241,25 @@ def _backward_in_parts(
     autocast: contextlib.AbstractContextManager,
 ) -> StepReport:
     """As `_backward`, holding the activations of one part of the rows at a time."""
-    parts = list(zip(batch.pixels.chunk(micro_batches), batch.tokens.chunk(micro_batches), strict=True))
+    parts = batch.parts(micro_batches)
     with torch.no_grad(), autocast:
-        outputs = [model(*part) for part in parts]
-    image_nD, text_nD = (torch.cat([output[side] for output in outputs]) for side in (0, 1))
+        outputs = [part.embedded_by(model) for _, part in parts]
+    as_they_were = torch.cat([rows for rows, _ in parts]).argsort()
+    image_nD, text_nD = (torch.cat([output[side] for output in outputs])[as_they_were] for side in (0, 1))
     leaves = [value.detach().requires_grad_() for value in (image_nD, text_nD, *outputs[0][2:])]
-    seen = _backward(TowerOutput(*leaves), weights, objective)
+    seen = _backward(TowerOutput(*leaves), weights, objective, distillation=batch.distillation)
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    at = 0
-    for index, part in enumerate(parts):
+    for index, (rows, part) in enumerate(parts):
         is_last = index == len(parts) - 1
         # Between the ranks gradients travel once, after the last part.
         held = model.no_sync if isinstance(model, DistributedDataParallel) and not is_last else contextlib.nullcontext
         with held():
             with autocast:
-                output = model(*part)
-            here = slice(at, at + len(output.image))
-            carried = (output.image * gradients[0][here]).sum() + (output.text * gradients[1][here]).sum()
+                output = part.embedded_by(model)
+            carried = (output.image * gradients[0][rows]).sum() + (output.text * gradients[1][rows]).sum()
             # Scale and bias have their whole gradient already; it enters once. Elsewhere it is 0, so that every
             # parameter has a part in each backward pass.
             share = 1.0 if is_last else 0.0
             scalars = output.logit_scale * gradients[2] + output.logit_bias * gradients[3]
             (carried + share * scalars).backward()
-        at += len(output.image)
     return seen

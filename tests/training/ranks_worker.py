@@ -132,10 +132,10 @@ def online_step(method: str) -> dict[str, Tensor | float]:
     outcomes = [trainer.step(number, block) for number in range(2)]
     return {
         "losses": torch.tensor([outcome.report.loss for outcome in outcomes]),
-        "reference": torch.tensor([outcome.reference_loss or 0.0 for outcome in outcomes]),
-        "selected": torch.stack([outcome.chosen.selected["address"] for outcome in outcomes]),
-        "trained": torch.cat([outcome.trained for outcome in outcomes]),
-        "recorded": torch.cat([outcome.recorded[0] for outcome in outcomes]),
+        "reference": torch.tensor([outcome.picked.reference_loss or 0.0 for outcome in outcomes]),
+        "selected": torch.stack([outcome.picked.chosen.selected["address"] for outcome in outcomes]),
+        "trained": torch.cat([outcome.picked.trained for outcome in outcomes]),
+        "recorded": torch.cat([outcome.picked.recorded[0] for outcome in outcomes]),
     }
 
 
@@ -163,8 +163,8 @@ def mimic_steps(scope: WeightScope, layer: str) -> dict[str, Tensor]:
     places = block["address"].argsort()
     return {
         "address": block["address"][places],
-        "scores": torch.stack([outcome.chosen.scores[places] for outcome in outcomes]),
-        "weights": torch.stack([outcome.chosen.row_weights[places] for outcome in outcomes]),
+        "scores": torch.stack([outcome.picked.chosen.scores[places] for outcome in outcomes]),
+        "weights": torch.stack([outcome.picked.chosen.row_weights[places] for outcome in outcomes]),
         "losses": torch.tensor([outcome.report.loss for outcome in outcomes]),
         "layer": torch.cat([value.flatten() for value in layer_of(network.clip, layer).values()]).detach(),
     }

@@ -39,7 +39,7 @@ def fit(network: ClipNetwork, *, num_steps: int, objective: PairLoss = sigmoid_l
     pairs, seen = toy_pairs(16), []
     fit_contrastive(
         network,
-        shuffled_batches(*pairs, batch_size=4, seed=seed),
+        shuffled_batches(pairs, batch_size=4, seed=seed),
         optimizer=make_optimizer(network),
         num_steps=num_steps,
         objective=objective,
@@ -73,7 +73,7 @@ def test_a_resumed_fit_equals_one_that_never_stopped() -> None:
             if step == stop:
                 raise KeyboardInterrupt
 
-        batches = shuffled_batches(*pairs, batch_size=4, seed=0, first_step=first_step)
+        batches = shuffled_batches(pairs, batch_size=4, seed=0, first_step=first_step)
         fit_contrastive(
             network, batches, optimizer=optimizer, num_steps=steps, first_step=first_step, warmup=0.3, report=halt
         )
@@ -91,17 +91,17 @@ def test_a_resumed_fit_equals_one_that_never_stopped() -> None:
 
 def test_each_round_shows_each_row_once_in_another_order() -> None:
     pixels, tokens = torch.arange(10, dtype=torch.uint8)[:, None], torch.arange(10)[:, None]
-    batches = list(islice(shuffled_batches(pixels, tokens, batch_size=5, seed=3), 4))
+    batches = list(islice(shuffled_batches(PairBatch(pixels, tokens), batch_size=5, seed=3), 4))
     assert all(torch.equal(batch.pixels.long(), batch.tokens) for batch in batches)
     rounds = [torch.cat([batch.tokens for batch in batches[i : i + 2]]).flatten().tolist() for i in (0, 2)]
     assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(10)) and rounds[0] != rounds[1]
-    later = next(shuffled_batches(pixels, tokens, batch_size=5, seed=3, first_step=3))
+    later = next(shuffled_batches(PairBatch(pixels, tokens), batch_size=5, seed=3, first_step=3))
     assert torch.equal(later.tokens, batches[3].tokens)
 
 
 def test_the_last_rows_of_a_round_that_fill_no_batch_are_left_out() -> None:
     tokens = torch.arange(7)[:, None]
-    batches = list(islice(shuffled_batches(tokens, tokens, batch_size=3, seed=0), 3))
+    batches = list(islice(shuffled_batches(PairBatch(tokens, tokens), batch_size=3, seed=0), 3))
     assert all(len(batch.tokens) == 3 for batch in batches)
     assert len(set(torch.cat([batch.tokens for batch in batches[:2]]).flatten().tolist())) == 6
 
@@ -125,7 +125,7 @@ def test_gains_biases_and_scale_do_not_decay() -> None:
 def test_impossible_sizes_are_refused() -> None:
     network, pairs = build_network("nano", seed=0), toy_pairs(4)
     with pytest.raises(ValueError, match=r"batch_size must be in \[1, 4\], got 5"):
-        next(shuffled_batches(*pairs, batch_size=5, seed=0))
+        next(shuffled_batches(pairs, batch_size=5, seed=0))
     with pytest.raises(ValueError, match=r"first_step must be in \[0, 2\], got 3"):
         fit_contrastive(network, iter([pairs]), optimizer=make_optimizer(network), num_steps=2, first_step=3)
     with pytest.raises(ValueError, match="batches ended after 1 of 2 steps"):

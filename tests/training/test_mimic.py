@@ -60,22 +60,22 @@ def test_one_forward_pass_for_score_and_step_is_as_good_as_two(scope: Any) -> No
         learner = kind(network=classifier(0), reference=classifier(1), weight_scope=scope)
         trainer = trainer_of(learner)
         outcomes = [trainer.step(number, labelled(seed=number)) for number in range(3)]
-        assert trainer.reuses_forward == (kind is ClassifierLearner)
+        assert outcomes[-1].reused_forward == (kind is ClassifierLearner)
         trained.append((learner.network.state_dict(), outcomes))
     for name, value in trained[0][0].items():
         torch.testing.assert_close(value, trained[1][0][name])
     for mine, other in zip(trained[0][1], trained[1][1], strict=True):
         assert mine.report.loss == pytest.approx(other.report.loss, rel=1e-5)
-        torch.testing.assert_close(mine.chosen.row_weights, other.chosen.row_weights)
+        torch.testing.assert_close(mine.picked.chosen.row_weights, other.picked.chosen.row_weights)
 
 
 def test_a_super_batch_that_is_not_all_trained_on_is_scored_by_itself() -> None:
     trainer = trainer_of(ClassifierLearner(network=classifier(0), reference=classifier(1)), keep=8)
     outcome = trainer.step(0, labelled())
-    assert not trainer.reuses_forward
-    weights = outcome.chosen.row_weights
+    assert not outcome.reused_forward
+    weights = outcome.picked.chosen.row_weights
     assert (weights > 0).sum() == 8 and weights.sum().item() == pytest.approx(8.0)
-    assert torch.equal(weights > 0, outcome.chosen.is_own_selected)
+    assert torch.equal(weights > 0, outcome.picked.chosen.is_own_selected)
 
 
 @pytest.mark.parametrize("method", ["grand", "gradmatch"])
@@ -88,7 +88,7 @@ def test_rivals_get_the_factors_of_the_heads_gradient(method: str) -> None:
     loss = torch.nn.functional.cross_entropy(logits, block["label"], reduction="none")[3]
     [explicit] = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(rows["head_residual"][3][:, None] * rows["head_input"][3], explicit)
-    assert trainer_of(learner, keep=4, method=method).step(0, block).trained.shape == (4,)
+    assert trainer_of(learner, keep=4, method=method).step(0, block).picked.trained.shape == (4,)
 
 
 def test_scope_mimic_weighs_the_layers_gradient_and_no_other() -> None:
