@@ -53,6 +53,10 @@ RUN_VALUES = frozenset(
         "comparison_gradient",
         "pool_mean_loss",
         "round",
+        "run_seed",
+        "planned_uses",
+        "mean_usage",
+        "last_round_step",
     }
 )
 """Names in `Rows` without a row axis."""
