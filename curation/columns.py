@@ -52,14 +52,8 @@ RUN_VALUES = frozenset(
         "head_weight",
         "comparison_gradient",
         "pool_mean_loss",
-        "round",
-        "run_seed",
-        "planned_uses",
-        "mean_usage",
-        "last_round_step",
     }
-)
-"""Names in `Rows` without a row axis."""
+) | (ROUND_VALUES := frozenset({"round", "run_seed", "planned_uses", "mean_usage", "last_round_step"}))
 
 
 LEDGER_COLUMNS = frozenset({"ledger_value", "ledger_variance", "ledger_count", "usage_count", "last_step"})

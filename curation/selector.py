@@ -131,6 +131,15 @@ class OutcomeSelector(BucketSelector, Protocol):
         ...
 
 
+@runtime_checkable
+class EvenSelector(PoolSelector, Protocol):
+    """A pool selector that promises how evenly it uses rows, where it is asked once a round."""
+
+    def usage_gap(self, rows: Rows) -> int | None:
+        """What the usage of two rows can differ by at most, after any round; None if nothing is promised."""
+        ...
+
+
 def num_rows(rows: Rows) -> int:
     """The common length of the columns. ValueError if there is no column or the lengths differ."""
     lengths = {name: len(column) for name, column in rows.items() if not is_run_value(name)}

@@ -5,6 +5,7 @@
     embeddings  columns of a curated run: both embeddings and the clip score of another model
     quality     columns of a curated run: how sharp and how plain each image is
     mimic       columns of a curated run: what a Grad-Mimic run's score log says of each sample, and of the pool
+    factors     columns of a curated run: each row's representativeness and rarity, which `dynamic` ranks by
 
 `reference --data.run RUN --output DIR` leaves `DIR/train/learner.pt`. Its embeddings over a large pool are what
 `python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt` makes; or, beside those of another model in a
@@ -18,18 +19,27 @@ Exit codes as in `jobs.train`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from curation.distributed.columns import ColumnsSummary, add_columns, checked
+from curation.distributed.factor_columns import FactorsRefused, add_factor_columns, checked_factors
 from curation.distributed.mimic_columns import add_mimic_columns, checked_mimic
 from curation.distributed.stopping import Stop
 from curation.recipe import TrainRecipe
-from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, MimicRecipe, QualityRecipe
+from curation.recipe.columns import (
+    ColumnsRecipe,
+    EmbeddingsRecipe,
+    FactorsRecipe,
+    FeaturesRecipe,
+    MimicRecipe,
+    QualityRecipe,
+)
 from jobs import log
-from jobs.command import EXIT_OK, EXIT_USAGE, Command, exit_code
-from jobs.recipes import EMBEDDINGS, FEATURES, MIMIC, QUALITY, REFERENCE
+from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command, exit_code
+from jobs.recipes import EMBEDDINGS, FACTORS, FEATURES, MIMIC, QUALITY, REFERENCE
 from jobs.train import print_plan, run_training
 
 
@@ -72,12 +82,19 @@ def _mimic(arguments: list[str]) -> int:
     )
 
 
+def _factors(arguments: list[str]) -> int:
+    return Command("fit factors", __doc__).run(
+        arguments, recipes=FACTORS, recipe_type=FactorsRecipe, job=_add_factor_columns, dry_run=_check_factors
+    )
+
+
 KINDS: dict[str, Callable[[list[str]], int]] = {
     "reference": _reference,
     "features": _features,
     "embeddings": _embeddings,
     "quality": _quality,
     "mimic": _mimic,
+    "factors": _factors,
 }
 
 
@@ -104,6 +121,31 @@ def _check(recipe: ColumnsRecipe) -> None:
 def _check_mimic(recipe: MimicRecipe) -> None:
     checked = checked_mimic(recipe)
     print(f"columns {recipe.column!r} of {checked.run} from the score log of {checked.log}")
+
+
+def _check_factors(recipe: FactorsRecipe) -> None:
+    checked = checked_factors(recipe)
+    print(f"columns {recipe.column!r} of {checked.run} from {', '.join(recipe.features)}")
+
+
+def _add_factor_columns(recipe: FactorsRecipe, stop: Stop) -> int:
+    try:
+        account = add_factor_columns(recipe)
+    except FactorsRefused as error:
+        log.say(f"FAILED: {error}", level=logging.ERROR)
+        return EXIT_FAILED
+    told = account.report
+    explained = (
+        "" if told["explained_variance"] is None else f"{told['explained_variance']:.3f} of variance explained, "
+    )
+    log.say(
+        f"{recipe.run}/columns/{recipe.column} ({told['label']}): {account.rows:,} rows in {account.shards:,} shards, "
+        f"{account.made_now:,} made now; {told['units']} factors, {explained}{told['dead_share']:.1%} dead, "
+        f"{told['common']} common, {told['rare']} rare; ranks correlate {told['rank_correlation']:+.2f}"
+    )
+    if told["warning"]:
+        log.say(f"WARNING: {told['warning']}", level=logging.WARNING)
+    return EXIT_OK
 
 
 def _add_mimic_columns(recipe: MimicRecipe, stop: Stop) -> int:

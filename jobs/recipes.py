@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Threshold, TrainRecipe, Write
-from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, MimicRecipe, Network, QualityRecipe
+from curation.recipe.columns import EmbeddingsRecipe, FactorsRecipe, FeaturesRecipe, MimicRecipe, Network, QualityRecipe
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
@@ -325,3 +325,17 @@ def mimic_one_coin() -> MimicRecipe:
 
 MIMIC: dict[str, Callable[[], MimicRecipe]] = {"majority": mimic_majority, "one_coin": mimic_one_coin}
 """Recipes of `jobs.fit mimic`, by name."""
+
+
+def factors_cpu() -> FactorsRecipe:
+    """A sparse autoencoder of 4 factors per feature, 16 of them per row: minutes for some ten thousand rows."""
+    return FactorsRecipe(units_per_feature=4, num_active=16, batch_size=1024)
+
+
+def factors_clip() -> FactorsRecipe:
+    """CLIP's image embeddings: 8 factors per feature, 32 per row. Our completion of arXiv:2603.04981."""
+    return FactorsRecipe(torch_threads=8, tasks=8)
+
+
+FACTORS: dict[str, Callable[[], FactorsRecipe]] = {"cpu": factors_cpu, "clip": factors_clip}
+"""Recipes of `jobs.fit factors`, by name."""

@@ -10,7 +10,7 @@ begin the next one (there a sample may stand twice in one super-batch).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,24 @@ SCHEMA = pa.schema(
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
+
+
+class Offering(Protocol):
+    """A shard and those of its rows that may be trained on."""
+
+    @property
+    def number(self) -> int:
+        """The shard's number."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        ...
+
+    def row_numbers(self, first: int, count: int) -> np.ndarray:
+        """Rows (count,) int64 of the shard's table that are its offered rows [first, first + count)."""
+        ...
 
 
 class OfferedShard(NamedTuple):

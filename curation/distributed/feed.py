@@ -12,7 +12,7 @@ are decoded, a JPEG at a part of its size, and the files come along for whoever 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from curation import addresses
 from curation.data import tables
 from curation.data.images import ImageError, fast_pixels, pixels
-from curation.data.offered import OfferedShard, Rounds
+from curation.data.offered import Offering, Rounds
 from curation.data.rows import StaleTable, read_rows
 from curation.data.shards import ReadRules
 from curation.models.clip import load_fast_resize, load_resize, load_tokenizer
@@ -79,7 +79,7 @@ class Share(NamedTuple):
 
 def blocks(
     spec: FeedSpec,
-    shards: list[OfferedShard],
+    shards: Sequence[Offering],
     rounds: Rounds,
     share: Share,
     *,
@@ -93,7 +93,7 @@ def blocks(
         yield from _read_wave(spec, plan, share, actors=actors, prefetch=prefetch)
 
 
-def plan_step(step: int, shards: list[OfferedShard], rounds: Rounds, share: Share) -> pa.Table:
+def plan_step(step: int, shards: Sequence[Offering], rounds: Rounds, share: Share) -> pa.Table:
     """One row for ReadShare: which rows of which shards the share holds at a step."""
     numbers, urls, rows = [], [], []
     for piece in rounds.pieces(*share.rows(step)):

@@ -21,6 +21,7 @@ from curation.distributed.feed import DECODE_SECONDS, ENCODED, LOW_PIXELS, Block
 from curation.distributed.late_decode import LateDecode
 from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles
+from curation.distributed.round_selection import RoundFeed
 from curation.recipe import TrainRecipe
 from curation.selector import Rows
 from curation.training.collectives import ranks
@@ -110,27 +111,32 @@ class OwnScoring:
         *,
         model: nn.Module | None = None,
         before_first: Callable[[Rows], None] | None = None,
+        rounds: RoundFeed | None = None,
     ):
         """`model` is the learner's network, or wraps it; None where the training step is not ours.
 
-        `before_first` is called with the run's first rows.
+        `before_first` is called with the run's first rows. `rounds` says what is read where a method chooses by the
+        round.
         """
+        self._rounds = rounds
         self._spec, self._model, self._before_first = spec, model, before_first
         self._chooser = Chooser(spec, picker)
 
     def ready(self, steps: range) -> Iterator[Ready]:
         """As in ReadyBatches."""
         compute, rank, world_size = self._spec.recipe.compute, *ranks()
-        shards, rounds = self._spec.stream()
-        stream = blocks(
-            self._spec.feed,
-            shards,
-            rounds,
-            Share(self._spec.recipe.train.super_batch, rank, world_size),
-            steps=steps,
-            actors=compute.feed_actors,
-            prefetch=compute.prefetch,
-        )
+        share = Share(self._spec.recipe.train.super_batch, rank, world_size)
+        if self._rounds is not None:
+            stream = self._rounds.blocks(share, from_step=steps.start)
+        else:
+            stream = blocks(
+                self._spec.feed,
+                *self._spec.stream(),
+                share,
+                steps=steps,
+                actors=compute.feed_actors,
+                prefetch=compute.prefetch,
+            )
         for number in steps:
             begun = time.perf_counter()
             block = next(stream)
@@ -176,7 +182,7 @@ class Chooser:
             noted["decode_seconds"] = decode_seconds + late.seconds
             noted["decode_seconds_saved"] = late.saved(num_rows=len(rows["ok"]), low_seconds=decode_seconds)
         if self._row_flops is None:
-            self._row_flops = self._picker.learner.flops(rows, self._spec.recipe.selector().needs)
+            self._row_flops = self._picker.learner.flops(rows, self._spec.recipe.step_selector().needs)
         return Ready(number, picked, sub_batch, rows["address"], rows["ok"], self._row_flops, watch, noted)
 
 

@@ -48,8 +48,16 @@ class RunLedger:
 
     def recall(self, addresses: torch.Tensor) -> Rows:
         """The ledger's columns (n,) of addresses, as they stand after all ranks' last step. Collective."""
+        self.settle()
+        return self.remembered(addresses)
+
+    def settle(self) -> None:
+        """Wait until the ledger has what all ranks recorded. Collective."""
         self._client.flush()
         barrier()
+
+    def remembered(self, addresses: torch.Tensor) -> Rows:
+        """The ledger's columns (n,) of addresses, as far as it has been told."""
         columns = self._client.read(LEDGER, addresses.numpy())
         return {name: torch.from_numpy(column.astype(np.float32)) for name, column in columns.items()}
 

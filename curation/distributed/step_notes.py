@@ -26,7 +26,7 @@ class StepNotes:
         """`totals` are those of the steps that were done before."""
         self._recipe = recipe
         self.totals: dict[str, float] = {**dict.fromkeys(TOTALS, 0.0), **totals}
-        self._scores_learner = bool(recipe.selector().needs & LEARNER_COLUMNS)
+        self._scores_learner = bool(recipe.step_selector().needs & LEARNER_COLUMNS)
         self._junk = _load_junk(recipe)
         self._centroids: torch.Tensor | None = None
 

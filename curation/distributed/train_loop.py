@@ -30,6 +30,7 @@ from curation.distributed.learners import build_learner, load_evaluation
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.notices import Notice, Notices
 from curation.distributed.ready_batches import LoopSpec, OwnScoring, Ready, ReadyBatches
+from curation.distributed.round_selection import RoundFeed
 from curation.distributed.run_ledger import RunLedger, barrier
 from curation.distributed.scoring_pool import PoolScoring
 from curation.distributed.step_notes import StepNotes
@@ -102,7 +103,7 @@ class _Worker:
             with newest.as_directory() as folder:
                 self._position, totals = checkpoint.load(Path(folder), learner.saved, optimizer)
         self._ledger = RunLedger(spec, tag=self._position.tag, device=ray.train.torch.get_device())
-        selector = recipe.selector()
+        selector = recipe.step_selector()
         self._trainer = OnlineTrainer(
             learner,
             optimizer,
@@ -115,7 +116,11 @@ class _Worker:
         if spec.pool is not None:
             self._pool = PoolScoring(spec.pool, spec, learner.network, device=self._trainer.device)
         self._batches: ReadyBatches = self._pool or OwnScoring(
-            spec, self._trainer.picker, model=self._trainer.model, before_first=self._look_at_first
+            spec,
+            self._trainer.picker,
+            model=self._trainer.model,
+            before_first=self._look_at_first,
+            rounds=self._rounds() if recipe.is_round_wise else None,
         )
         self._steps: list[Row] = []
         self._evaluations: list[Row] = []
@@ -123,6 +128,17 @@ class _Worker:
         self._notes = StepNotes(recipe, totals) if self._rank == 0 else None
         self._next_progress = 0.0
         self._metrics = RunMetrics(self._output)
+
+    def _rounds(self) -> RoundFeed:
+        """What the run's rounds choose from the whole pool."""
+        return RoundFeed(
+            self._spec.recipe,
+            self._spec.stream()[0],
+            self._spec.feed,
+            settle=self._ledger.settle,
+            recall=self._ledger.remembered,
+            device=self._trainer.device,
+        )
 
     def ready(self) -> Iterator[Ready]:
         """The steps that are left, each with what this rank trains on. Ends early where a batch is bad."""

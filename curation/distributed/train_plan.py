@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS
+from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS, RUN_VALUES
 from curation.data import manifest, offered, shard_list, storage, tables
 from curation.data.offered import OfferedShard
 from curation.data.shards import ReadRules
@@ -25,8 +25,8 @@ from curation.recipe import Pool, TrainRecipe
 from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS
 
 MADE_HERE = frozenset(
-    {"address", "uid", "ok", "logit_scale", "logit_bias", "reference_logit_scale", "reference_logit_bias", "round"}
-    | {"reference_loss", "mimic_score"}
+    {"address", "uid", "ok", "label", "reference_loss", "mimic_score"}
+    | RUN_VALUES
     | LEARNER_COLUMNS
     | REFERENCE_COLUMNS
     | LEDGER_COLUMNS
@@ -129,7 +129,8 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     missing = [name for name in stored if name not in available and not name.startswith(JSON_PREFIX)]
     if missing:
         raise ValueError(f"method {recipe.method['name']!r} needs the column {missing[0]!r}, which {run} lacks")
-    own = [(name, name) for name in stored]
+    # What a round is chosen by is read when it is chosen, and does not travel with the rows.
+    own = [] if recipe.is_round_wise else [(name, name) for name in stored]
     if recipe.reference.online or recipe.is_classifier or recipe.mimics:
         return tuple(own)
     # A method that needs no reference has its learnability noted all the same, at 2 kB a row beside an image of 50.

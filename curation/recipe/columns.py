@@ -1,4 +1,4 @@
-"""Columns that are added to a curated run: a frozen network's features, another model's embeddings, verdicts."""
+"""Columns that are added to a curated run: features, another model's embeddings, verdicts, factors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from curation.numerics.votes import Aggregator, Binariser
 from curation.recipe.curate import Compute
 from curation.recipe.parts import Part, WeightsSource, WholeRecipe
 from curation.recipe.train import Weights
+from curation.training.factor_encoders import EncoderKind, EncoderSettings
 
 
 class Network(Part):
@@ -81,3 +82,51 @@ class MimicRecipe(WholeRecipe):
     """How votes become a verdict. one_coin: each round has an accuracy of its own; over-confident, for rounds agree."""
     over: Literal["round", "step"] = "round"
     """Whose scores are clustered together: a round's, or each step's."""
+
+
+class FactorsRecipe(WholeRecipe):
+    """Columns NAME.representativeness and NAME.rarity: ranks by the factors of features that the run stores."""
+
+    run: str = ""
+    """Folder or URL of a run of `jobs.curate`."""
+    column: str = "factors"
+    """The columns' name: letters, digits, - and _."""
+    features: tuple[str, ...] = ("image_embedding",)
+    """Columns of vectors or numbers, side by side: embeddings of images or texts, features, scores."""
+    encoder: EncoderKind = "sae"
+    """What finds the factors: a sparse autoencoder, or what it must beat."""
+    units_per_feature: int = Field(default=8, gt=0)
+    """Factors per feature; on a CPU 4 will do. (`pca` has two, one for each sign.)"""
+    num_active: int = Field(default=32, gt=0)
+    """Factors that a row activates; 16 where there are few features."""
+    epochs: int = Field(default=50, gt=0)
+    """Passes over the pool to train the autoencoder."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """At most so many steps, for pools of which a part of one pass is enough."""
+    batch_size: int = Field(default=2048, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Falls to a tenth."""
+    dead_after_epochs: int = Field(default=5, gt=0)
+    """A factor that no row activates for so long is revived."""
+    min_explained: float = Field(default=0.75, ge=0, le=1)
+    """The autoencoder is refused below this share of the features' variance."""
+    max_dead: float = Field(default=0.1, ge=0, le=1)
+    """Factors are refused if more than this share is never active."""
+    tasks: int = Field(default=2, gt=0)
+    """CPUs that a Ray of our own has."""
+    torch_threads: int = Field(default=1, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    def settings(self) -> EncoderSettings:
+        """What decides the encoder, besides the rows."""
+        return EncoderSettings(
+            kind=self.encoder,
+            units_per_feature=self.units_per_feature,
+            num_active=self.num_active,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            dead_after_epochs=self.dead_after_epochs,
+            seed=self.seed,
+        )

@@ -1,4 +1,4 @@
-"""A training run: a curated pool, a learner, a method that selects what each step trains on, and its measurement."""
+"""A training run: a curated pool, a learner, a method that selects what is trained on, and its measurement."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.columns import LEDGER_COLUMNS
+from curation.columns import LEDGER_COLUMNS, ROUND_VALUES, RUN_VALUES
 from curation.models.classifier import is_on_features
 from curation.recipe.parts import MethodArgument, Part, WeightsSource, WholeRecipe, selector_of
 from curation.selector import Selector
+from curation.training.learner import LEARNER_COLUMNS
+from curation.training.of_round import OfRound
+
+STEP_COLUMNS = LEARNER_COLUMNS | {"reference_loss", "comparison_gradient", "head_weight"}
+"""What a step alone has: it comes of the learner as it is, or of a reference that runs beside it."""
 
 
 class Data(Part):
@@ -107,6 +112,11 @@ class Train(Part):
     score_ahead: int = Field(default=0, ge=0)
     """For the pool: a step is scored with weights that are so many steps old, or older until the next publication; so
     many steps are scored while others are trained. 0 with weights published at every step chooses as `trainer` does."""
+    choose: Literal["step", "round"] = "step"
+    """step: each step's rows come from its super-batch. round: once a round the method chooses from the whole pool by
+    stored columns and the ledger, and the steps of the round train on what it chose; filter_ratio is 0 then."""
+    keep_fraction: float = Field(default=1.0, gt=0, le=1)
+    """With choose round: the share of the pool that a round trains on, to the nearest whole number of sub-batches."""
     scope: Literal["global", "local"] = "global"
     """local: each worker selects from its own share of the super-batch. To measure what that costs."""
     quota: bool = False
@@ -145,6 +155,13 @@ class Train(Part):
             raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
         if self.sub_batch > self.super_batch:
             raise ValueError(f"sub_batch {self.sub_batch} exceeds the super-batch {self.super_batch}")
+        if self.choose == "round" and (self.filter_ratio or self.quota or self.scope == "local"):
+            raise ValueError(
+                f"train.choose round leaves a step nothing to choose: filter_ratio must be 0, got {self.filter_ratio}, "
+                "without quota and with scope global"
+            )
+        if self.choose == "step" and self.keep_fraction != 1:
+            raise ValueError(f"train.keep_fraction {self.keep_fraction} is for choose round; a step has filter_ratio")
         return self
 
     @property
@@ -228,7 +245,7 @@ class TrainRecipe(WholeRecipe):
     @model_validator(mode="after")
     def _can_run(self) -> Self:
         selector = self.selector()
-        if not selector.fixed_size:
+        if not selector.fixed_size and not self.is_round_wise:
             raise ValueError(
                 f"method {self.method['name']!r} decides by itself how many rows to keep, a step needs exactly "
                 f"train.sub_batch={self.train.sub_batch}"
@@ -266,6 +283,7 @@ class TrainRecipe(WholeRecipe):
                 f"method {self.method['name']!r} goes towards a reference's weights: name them, as in "
                 "--reference.weights.checkpoint FILE"
             )
+        self._rounds_fit()
         if self.train.weight_scope == "mimic" and not self.mimics:
             raise ValueError(f"train.weight_scope mimic is grad_mimic's, not {self.method['name']!r}'s")
         if self.train.weight_scope == "mimic" and self.train.micro_batches > 1:
@@ -302,10 +320,42 @@ class TrainRecipe(WholeRecipe):
             raise ValueError("train.distill is for pairs, from the reference whose embeddings are compared with")
         return self
 
+    def _rounds_fit(self) -> None:
+        """ValueError if the method cannot be asked the way it would be."""
+        selector, method = self.selector(), self.method["name"]
+        if not self.is_round_wise:
+            if of_rounds := sorted(selector.needs & ROUND_VALUES):
+                raise ValueError(f"method {method!r} needs {of_rounds[0]!r}, which only --train.choose round has")
+            return
+        if self.train.scoring == "pool" or self.low_resolution.is_on:
+            raise ValueError("train.choose round scores no super-batch: train.scoring is trainer, low_resolution is off")
+        if of_step := sorted(selector.needs & (STEP_COLUMNS | {name for name in RUN_VALUES if "logit" in name})):
+            raise ValueError(
+                f"method {method!r} needs {of_step[0]!r} of the learner as it is, so it chooses in a step; a round "
+                "knows stored columns and the ledger"
+            )
+        if selector.records == "loss" and self.train.micro_batches > 1:
+            raise ValueError(f"method {method!r} remembers each row's loss, which needs train.micro_batches 1")
+        if "ledger_variance" in selector.needs and not self.ledger.variance:
+            raise ValueError(
+                f"method {method!r} needs a running variance: --ledger.statistic ema --ledger.variance True"
+            )
+        if "label" in selector.needs and self.data.label is None:
+            raise ValueError(f"method {method!r} has budgets for classes: name their column, as in --data.label")
+
     @property
     def is_classifier(self) -> bool:
         """True if the learner learns labels, False if it learns pairs."""
         return self.train.objective == "cross_entropy"
+
+    def step_selector(self) -> Selector:
+        """What a step selects by: the method, or what a round has left for the step to do."""
+        return OfRound(self.selector().records) if self.is_round_wise else self.selector()
+
+    @property
+    def is_round_wise(self) -> bool:
+        """True if the method chooses once a round from the whole pool, False if each step does from its super-batch."""
+        return self.train.choose == "round"
 
     @property
     def mimics(self) -> bool:

@@ -144,7 +144,9 @@ def test_rs2_drops_what_is_left_of_a_permutation_and_reshuffles() -> None:
 
 def test_epsilon_greedy_takes_the_highest_losses_and_draws_the_rest() -> None:
     rows = losses(*np.arange(100).tolist())
-    assert sorted(EpsilonGreedy(epsilon=0.0).select(rows, 10, 0.0, Generator()).indices.tolist()) == list(range(90, 100))
+    assert sorted(EpsilonGreedy(epsilon=0.0).select(rows, 10, 0.0, Generator()).indices.tolist()) == list(
+        range(90, 100)
+    )
     chosen = set(EpsilonGreedy(epsilon=0.5).select(rows, 10, 0.0, Generator()).indices.tolist())
     assert set(range(95, 100)) <= chosen and len(chosen & set(range(90, 95))) < 5
     unseen = losses(5.0, math.nan, 1.0)
