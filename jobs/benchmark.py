@@ -3,6 +3,7 @@
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
+    dynamic  dynamic selection (our completion of 2603.04981) against InfoBatch, RCAP, RS2 and more, on frozen features
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
@@ -32,6 +33,7 @@ from jobs.benchmarks import (
     capacity,
     decode,
     dedup,
+    dynamic,
     embed,
     feed,
     ingest,
@@ -73,6 +75,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     ),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "dynamic": lambda given: dynamic.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
