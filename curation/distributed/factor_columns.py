@@ -220,7 +220,12 @@ class _Counted(NamedTuple):
     variance: float
 
     def plus(self, other: _Counted) -> _Counted:
-        return _Counted(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return _Counted(
+            self.units_M + other.units_M,
+            self.rows + other.rows,
+            self.left_over + other.left_over,
+            self.variance + other.variance,
+        )
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ class Infobatch:
         """ValueError if a number of rows is asked for."""
         if keep is not None:
             raise ValueError(f"keep must be None, how many rows stay is the outcome; got {keep}")
+        check_needs(self, rows)
         order = canonical_order(rows)
         scores = self.score(rows, progress)[order]
         is_low = scores < scores.double().mean().float() if len(scores) else scores > 0

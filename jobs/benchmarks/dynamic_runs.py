@@ -193,7 +193,7 @@ def train_stack(
 
 
 class Stack:
-    """Networks side by side: one matrix product steps them all. The gradient is written out, as is AdamW."""
+    """Networks side by side: one matrix product steps them all. The gradient is written out."""
 
     def __init__(self, size: int, num_features: int, num_classes: int, *, seed: int):
         rng = torch.Generator().manual_seed(seed)
@@ -203,8 +203,7 @@ class Stack:
             (torch.rand(shape, generator=rng) * 2 - 1) / width**0.5 for shape, width in zip(shapes, widths, strict=True)
         ]
         self.parameters = [value.repeat(size, 1, 1) for value in begun]
-        self._first, self._second = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        self._steps = 0
+        self._optimizer = torch.optim.AdamW(self.parameters, weight_decay=WEIGHT_DECAY, fused=True)
 
     def logits(self, inputs_AnF: Tensor) -> Tensor:
         """(A, n, C)."""
@@ -221,15 +220,16 @@ class Stack:
         residual_AnC.scatter_add_(2, labels_An[:, :, None], torch.full_like(losses_An, -1)[:, :, None])
         residual_AnC *= weights_An[:, :, None] / inputs_AnF.shape[1]
         back_AnH = torch.bmm(residual_AnC, out.mT).mul_(hidden_AnH > 0)
-        self._adamw(
-            [
-                torch.bmm(inputs_AnF.mT, back_AnH),
-                back_AnH.sum(dim=1, keepdim=True),
-                torch.bmm(hidden_AnH.mT, residual_AnC),
-                residual_AnC.sum(dim=1, keepdim=True),
-            ],
-            rate,
+        gradients = (
+            torch.bmm(inputs_AnF.mT, back_AnH),
+            back_AnH.sum(dim=1, keepdim=True),
+            torch.bmm(hidden_AnH.mT, residual_AnC),
+            residual_AnC.sum(dim=1, keepdim=True),
         )
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
         return losses_An
 
     def last_layer_gradients(self, inputs_NF: Tensor, labels_N: Tensor) -> Tensor:
@@ -238,18 +238,6 @@ class Stack:
         hidden_NH = (inputs_NF @ into + into_bias).relu_()
         residual_NC = (hidden_NH @ out + out_bias).softmax(dim=1) - F.one_hot(labels_N, out.shape[1])
         return torch.cat([torch.einsum("nh,nc->nhc", hidden_NH, residual_NC).flatten(1), residual_NC], dim=1)
-
-    def _adamw(self, gradients: list[Tensor], rate: float) -> None:
-        self._steps += 1
-        unbias = 1 - 0.9**self._steps, 1 - 0.999**self._steps
-        torch._foreach_lerp_(self._first, gradients, 0.1)
-        torch._foreach_mul_(self._second, 0.999)
-        torch._foreach_addcmul_(self._second, gradients, gradients, value=0.001)
-        length = torch._foreach_sqrt(self._second)
-        torch._foreach_div_(length, unbias[1] ** 0.5)
-        torch._foreach_add_(length, 1e-8)
-        torch._foreach_mul_(self.parameters, 1 - rate * WEIGHT_DECAY)
-        torch._foreach_addcdiv_(self.parameters, self._first, length, value=-rate / unbias[0])
 
 
 def _addresses(num_rows: int) -> np.ndarray:

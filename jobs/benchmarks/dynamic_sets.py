@@ -11,6 +11,7 @@ Components are fitted on the training rows. Factors are fitted for each seed, on
 from __future__ import annotations
 
 import io
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from curation.numerics.factors import Encoder, RankCounts, count_units, facts_of
 from curation.training.factor_encoders import EncoderKind, EncoderSettings, fit_encoder
 from jobs.benchmarks.dynamic_runs import Pool
 from jobs.benchmarks.mimic_runs import symmetric_noise
-from jobs.benchmarks.mimic_sets import CIFAR10_TEST, CIFAR10_TRAIN, image_set
+from jobs.benchmarks.mimic_sets import CIFAR10_TEST, CIFAR10_TRAIN, ImageSet, image_set
 from jobs.benchmarks.tracks import real_data
 
 ROWS, TEST_ROWS, COMPONENTS = 10_000, 2_000, 64
@@ -101,7 +102,9 @@ def factors_of(rows: Rows, *, seed: int, tiny: bool) -> Found:
         settings = EncoderSettings(
             **{**vars(ENCODER), "kind": kind, "seed": seed, "epochs": epochs, "units_per_feature": 2 if tiny else 8}
         )
-        ranks[piece], report[piece] = _ranked(rows_NF, settings)
+        begun = time.perf_counter()
+        ranks[piece], told = _ranked(rows_NF, settings)
+        report[piece] = {**told, "seconds": time.perf_counter() - begun}
     return Found(ranks, report)
 
 
@@ -148,7 +151,8 @@ def _projected(rows: Rows) -> Rows:
     test_NF = torch.from_numpy(rows.test_NF.astype(np.float32)) - mean_F
     return Rows(
         (centred_NF @ basis_FP * scale).numpy(),
-        *(labels.astype(np.int64) for labels in (rows.train_labels, rows.human_labels)),
+        rows.train_labels.astype(np.int64),
+        rows.human_labels.astype(np.int64),
         (test_NF @ basis_FP * scale).numpy(),
         rows.test_labels.astype(np.int64),
     )
@@ -159,22 +163,20 @@ def _sizes(*, tiny: bool) -> tuple[int, int]:
 
 
 def _mobilenet(folder: Path, *, tiny: bool) -> Rows:
-    whole = image_set("cifar10", folder, tiny=False) if not tiny else _tiny_images(folder)
+    whole = image_set("cifar10", folder, tiny=False) if not tiny else _tiny_images()
     train, test = _sizes(tiny=tiny)
     is_train, is_test = np.flatnonzero(~whole.is_test_N)[:train], np.flatnonzero(whole.is_test_N)[:test]
     features, labels = whole.features_NF, whole.labels_N
     return Rows(features[is_train], labels[is_train], whole.human_N[is_train], features[is_test], labels[is_test])
 
 
-def _tiny_images(folder: Path) -> Any:
+def _tiny_images() -> ImageSet:
     """Random features in the place of MobileNet's, which take minutes; the labels are those of the images."""
     rng, rows = np.random.default_rng(0), TINY_ROWS + TINY_TEST_ROWS
     labels = rng.integers(0, 10, rows)
     centres = rng.normal(size=(10, 96))
     human = np.where(rng.random(rows) < 0.4, rng.integers(0, 10, rows), labels)
     features = (centres[labels] + rng.normal(size=(rows, 96))).astype(np.float16)
-    from jobs.benchmarks.mimic_sets import ImageSet
-
     return ImageSet(features, labels, human, np.arange(rows) >= TINY_ROWS)
 
 

@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_with_the_rounds_of_one_never_stopped(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["infobatch", "rcap", "ucb"])
 def test_the_rivals_choose_rounds_for_a_classifier(
-    recipe_for: Callable[..., TrainRecipe], tmp_path: Path, name: str
+    recipe_for: Callable[..., TrainRecipe], run: Path, tmp_path: Path, name: str
 ) -> None:
     statistic = {"statistic": "ema", "decay": 0.8, "variance": True} if name == "ucb" else {}
     recipe = recipe_for(
@@ -139,9 +139,9 @@ def test_the_rivals_choose_rounds_for_a_classifier(
         method={"name": name},
         train={"num_steps": 16, "objective": "cross_entropy"},
         learner=Weights(model="linear"),
+        data=Data(run=str(run), segment_rows=8, features="image_embedding", label="shard"),
         ledger=Remember(**statistic),
     )
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"label": "shard"})})
     assert train(recipe).failures == []
     rounds = rounds_of(tmp_path / "out")
     if name == "infobatch":
