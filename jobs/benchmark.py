@@ -75,7 +75,9 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     ),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
-    "dynamic": lambda given: dynamic.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "dynamic": lambda given: dynamic.benchmark(
+        seeds=given.seeds, tiny=given.tiny, folder=given.folder, hours=given.hours
+    ),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--arms", nargs="+", help="online: the arms to run (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
-    parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
+    parser.add_argument("--hours", type=float, default=24.0, help="plan: within, dynamic: begin within (24)")
     parser.add_argument("--rates", type=Path, default=Path("cluster/rates.json"), help="plan: measured rates")
     parser.add_argument("--prices", type=Path, default=Path("cluster/prices.json"), help="plan: what is paid")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="plan: (10000)")

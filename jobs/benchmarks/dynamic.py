@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,66 +75,90 @@ BIAS_PENALTIES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 BIAS_KEEP = 0.3
 
 
-def benchmark(*, seeds: int, tiny: bool, folder: Path) -> dict[str, Any]:
-    """All figures; what is in `folder` already is not done again."""
+def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> dict[str, Any]:
+    """All figures; what is in `folder` already is not done again. After `hours` nothing more is begun, and the figures
+    are of what there is: each says of how many seeds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small are slower on two
-    folder = folder / "dynamic"
+    folder, until = folder / "dynamic", time.monotonic() + 3600 * hours
     try:
-        parts = [part for seed in range(seeds) for part in _of_seed(seed, tiny=tiny, folder=folder)]
+        parts = [part for task in tasks(seeds) if (part := _part(task, tiny=tiny, folder=folder, until=until))]
     finally:
         torch.set_num_threads(threads)
     figures = summary(parts)
-    with open(folder / "usage.png", "wb") as file:
-        draw_usage([part for part in parts if _is_drawn(part)], file=file)
+    if drawn := [part for part in parts if _is_drawn(part)]:
+        with open(folder / "usage.png", "wb") as file:
+            draw_usage(drawn, file=file)
     _print(figures)
-    settings = {"rounds": ROUNDS, "batch": BATCH, "seeds": seeds, "keeps": KEEPS, "network": "64-128-C"}
+    told = {"parts": len(parts), "of_parts": len(tasks(seeds))}
+    settings = {"rounds": ROUNDS, "batch": BATCH, "seeds": seeds, "keeps": KEEPS, "network": "64-128-C", **told}
     return {**provenance(), "benchmark": "dynamic", "tiny": tiny, "label": LABEL, "settings": settings, **figures}
+
+
+class Task(NamedTuple):
+    """One part of the study: all its arms are trained together."""
+
+    set: str
+    noise: str
+    schedule: str
+    keep: float
+    seed: int
+    all_arms: bool
+
+
+def tasks(seeds: int) -> list[Task]:
+    """All parts, those first that most claims hang on: keep 20% and full data with and without symmetric noise."""
+    found = [
+        Task(name, noise, schedule, keep, seed, all_arms and schedule == "cosine")
+        for name, noise, keeps, all_arms, schedules in PARTS
+        for schedule in schedules
+        for keep in (1.0, *(keeps if schedule == "cosine" else (0.7,)))
+        for seed in range(seeds)
+    ]
+    return sorted(found, key=lambda task: (_urgency(task), task.seed))
+
+
+def _urgency(task: Task) -> int:
+    is_first = task.set == "mobilenet" and task.noise != "human" and task.schedule == "cosine"
+    return (0 if task.keep in (0.2, 1.0) else 1 if task.keep == 0.7 else 3) if is_first else 2
 
 
 def _is_drawn(part: dict[str, Any]) -> bool:
     return (part["set"], part["noise"], part["keep"]) == ("mobilenet", "symmetric", 0.2)
 
 
-def _of_seed(seed: int, *, tiny: bool, folder: Path) -> list[dict[str, Any]]:
-    """Every part of one seed, made or read."""
-    found: dict[str, Found] = {}
-    done = []
-    for name, noise, keeps, all_arms, schedules in PARTS:
-        for schedule in schedules:
-            for keep in (1.0, *(keeps if schedule == "cosine" else (0.7,))):
-                label = f"{name}-{noise}-{schedule}-{keep}-{seed}{'-tiny' if tiny else ''}"
-                file = folder / f"{label}.json"
-                if not file.exists():
-                    rows = rows_of(name, folder, tiny=tiny)
-                    if name not in found:
-                        found[name] = factors_of(rows, seed=seed, tiny=tiny)
-                    print(label, flush=True)
-                    about = {"set": name, "noise": noise, "schedule": schedule, "keep": keep, "seed": seed}
-                    rounds = 4 if tiny else ROUNDS
-                    part = _measure(about, rows, found[name], all_arms and schedule == "cosine", rounds)
-                    file.with_suffix(".part").write_text(json.dumps(part))
-                    file.with_suffix(".part").rename(file)
-                done.append(json.loads(file.read_text()))
-    return done
+def _part(task: Task, *, tiny: bool, folder: Path, until: float) -> dict[str, Any] | None:
+    """A part, made or read; None if it is not there and there is no time left to make it."""
+    suffix = f"{task.seed}{'-tiny' if tiny else ''}"
+    file = folder / f"{task.set}-{task.noise}-{task.schedule}-{task.keep}-{suffix}.json"
+    if not file.exists():
+        if time.monotonic() > until:
+            return None
+        print(file.stem, flush=True)
+        rows = rows_of(task.set, folder, tiny=tiny)
+        found = factors_of(rows, folder / f"{task.set}-factors-{suffix}.npz", seed=task.seed, tiny=tiny)
+        part = _measure(task, rows, found, rounds=4 if tiny else ROUNDS)
+        file.with_suffix(".part").write_text(json.dumps(part))
+        file.with_suffix(".part").rename(file)
+    return json.loads(file.read_text())
 
 
-def _measure(about: dict[str, Any], rows: Rows, found: Found, all_arms: bool, rounds: int) -> dict[str, Any]:
-    begun, seed, keep = time.perf_counter(), about["seed"], about["keep"]
-    pool = pool_of(rows, about["noise"], found, seed=seed)
+def _measure(task: Task, rows: Rows, found: Found, *, rounds: int) -> dict[str, Any]:
+    begun, seed, keep = time.perf_counter(), task.seed, task.keep
+    pool = pool_of(rows, task.noise, found, seed=seed)
     steps = max(1, min(round(keep * len(pool.labels_N) / BATCH), len(pool.labels_N) // BATCH))
-    arms = [Arm("full")] if keep == 1 else _arms(keep, all_arms)
-    outcomes = train_stack(pool, arms, num_steps=rounds * steps, seed=seed, schedule=about["schedule"])
+    arms = [Arm("full")] if keep == 1 else _arms(keep, task.all_arms)
+    outcomes = train_stack(pool, arms, num_steps=rounds * steps, seed=seed, schedule=task.schedule)
     told = {
-        **about,
+        **task._asdict(),
         "sample_gradients": rounds * steps * BATCH,
         "seconds": time.perf_counter() - begun,
         "noise_share": float(pool.is_wrong_N.mean()),
         "arms": {arm.name: _told(outcome) for arm, outcome in zip(arms, outcomes, strict=True)},
     }
-    if keep == 1 and about["schedule"] == "cosine":
+    if keep == 1 and task.schedule == "cosine":
         told["factors"] = found.report
-        told["ranks"] = found.ranks["factors"][0].tolist() if about["noise"] == "symmetric" else None
+        told["ranks"] = found.ranks["factors"][0].tolist() if task.noise == "symmetric" else None
         told["bias"] = gradient_bias(pool, rounds=rounds, seed=seed)
     return told
 
@@ -210,11 +234,15 @@ def summary(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for part in parts:
         groups.setdefault((part["set"], part["noise"], part["schedule"], part["keep"]), []).append(part)
-    full = {key[:3]: [part["arms"]["full"]["accuracy"] for part in of] for key, of in groups.items() if key[3] == 1}
+    full = {
+        key[:3]: {part["seed"]: part["arms"]["full"]["accuracy"] for part in of}
+        for key, of in groups.items()
+        if key[3] == 1
+    }
     tables = {"/".join(map(str, key)): _table(of, full[key[:3]]) for key, of in groups.items() if key[3] != 1}
     firsts = [part for part in parts if "factors" in part]
     return {
-        "full": {"/".join(key): interval(values) for key, values in full.items()},
+        "full": {"/".join(key): interval(list(values.values())) for key, values in full.items()},
         "tables": tables,
         "noise_robustness": _robustness(groups, full),
         "gradient_bias": _bias(firsts),
@@ -223,7 +251,7 @@ def summary(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _table(of: list[dict[str, Any]], full: list[float]) -> dict[str, Any]:
+def _table(of: list[dict[str, Any]], full: dict[int, float]) -> dict[str, Any]:
     """A set, noise, schedule and keep fraction: every arm's figures, and differences paired by seed."""
     arms = list(of[0]["arms"])
     accuracy = {arm: [part["arms"][arm]["accuracy"] for part in of] for arm in arms}
@@ -243,7 +271,7 @@ def _table(of: list[dict[str, Any]], full: list[float]) -> dict[str, Any]:
         "arms": {
             arm: {
                 "accuracy": interval(accuracy[arm]),
-                "minus_full": interval(_minus(accuracy[arm], full)),
+                "minus_full": interval(_minus(accuracy[arm], [full[part["seed"]] for part in of])),
                 "dynamic_minus_this": None if arm == OURS else paired(accuracy[OURS], accuracy[arm]),
                 **{name: statistics.fmean(part["arms"][arm][name] for part in of) for name in fields},
                 "gap_bound": of[0]["arms"][arm]["gap_bound"],
@@ -266,27 +294,29 @@ def _minus(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(mine, theirs, strict=True)]
 
 
-def _robustness(groups: dict[Any, list[dict[str, Any]]], full: dict[Any, list[float]]) -> dict[str, Any]:
+def _robustness(
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]], full: dict[tuple[Any, ...], dict[int, float]]
+) -> dict[str, Any]:
     """Accuracy lost at keep 20% under noise: against full data under the same noise, and against no noise (D-3)."""
     found = {}
-    for name, noise in (
-        ("mobilenet", "symmetric"),
-        ("mobilenet", "human"),
-        ("resnet20", "symmetric"),
-        ("text", "symmetric"),
-    ):
-        noisy, clean = groups.get((name, noise, "cosine", 0.2)), groups.get((name, "clean", "cosine", 0.2))
-        if not noisy or not clean:
+    for name, noise in dict.fromkeys((key[0], key[1]) for key in groups if key[1] != "clean"):
+        noisy, clean = (
+            {part["seed"]: part["arms"] for part in groups.get((name, kind, "cosine", 0.2), [])}
+            for kind in (noise, "clean")
+        )
+        seeds = sorted(noisy.keys() & clean.keys())
+        if not seeds:
             continue
+        arms = [arm for arm in noisy[seeds[0]] if arm in clean[seeds[0]]]
         told = {}
-        for arm in noisy[0]["arms"]:
-            ends = [part["arms"][arm]["accuracy"] for part in noisy]
-            without = [part["arms"][arm]["accuracy"] for part in clean]
-            told[arm] = {
-                "drop_from_full_with_noise": interval(_minus(full[name, noise, "cosine"], ends)),
-                "drop_from_full_without_noise": interval(_minus(full[name, "clean", "cosine"], ends)),
-                "drop_from_itself_without_noise": interval(_minus(without, ends)),
+        for arm in arms:
+            ends = [noisy[seed][arm]["accuracy"] for seed in seeds]
+            rivals = {
+                "drop_from_full_with_noise": [full[name, noise, "cosine"][seed] for seed in seeds],
+                "drop_from_full_without_noise": [full[name, "clean", "cosine"][seed] for seed in seeds],
+                "drop_from_itself_without_noise": [clean[seed][arm]["accuracy"] for seed in seeds],
             }
+            told[arm] = {kind: interval(_minus(values, ends)) for kind, values in rivals.items()}
         found[f"{name}/{noise}"] = told
     return found
 

@@ -11,10 +11,12 @@ Components are fitted on the training rows. Factors are fitted for each seed, on
 from __future__ import annotations
 
 import io
+import json
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,19 +95,24 @@ class Found(NamedTuple):
     report: dict[str, dict[str, Any]]
 
 
-def factors_of(rows: Rows, *, seed: int, tiny: bool) -> Found:
-    """Ranks by the factors of every encoder, fitted on the training rows."""
-    rows_NF = torch.from_numpy(rows.train_NF)
-    ranks, report = {}, {}
-    for piece, kind in ENCODERS.items():
-        epochs = 2 if tiny else ENCODER.epochs
-        settings = EncoderSettings(
-            **{**vars(ENCODER), "kind": kind, "seed": seed, "epochs": epochs, "units_per_feature": 2 if tiny else 8}
-        )
-        begun = time.perf_counter()
-        ranks[piece], told = _ranked(rows_NF, settings)
-        report[piece] = {**told, "seconds": time.perf_counter() - begun}
-    return Found(ranks, report)
+def factors_of(rows: Rows, file: Path, *, seed: int, tiny: bool) -> Found:
+    """Ranks by the factors of every encoder, fitted on the training rows; from their file, or made now."""
+    if not file.exists():
+        arrays: dict[str, np.ndarray] = {}
+        for piece, kind in ENCODERS.items():
+            settings = replace(ENCODER, kind=kind, seed=seed)
+            begun = time.perf_counter()
+            small = replace(settings, epochs=2, units_per_feature=2) if tiny else settings
+            ranks, told = _ranked(torch.from_numpy(rows.train_NF), small)
+            told["seconds"] = time.perf_counter() - begun
+            arrays |= {piece: torch.stack(ranks).numpy(), f"{piece}.report": np.array(json.dumps(told))}
+        partial_file = file.with_suffix(".part.npz")
+        np.savez(partial_file, **arrays)  # pyright: ignore[reportArgumentType]
+        partial_file.rename(file)
+    with np.load(file, allow_pickle=False) as stored:
+        ranks = {piece: torch.from_numpy(stored[piece]) for piece in ENCODERS}
+        report = {piece: json.loads(str(stored[f"{piece}.report"])) for piece in ENCODERS}
+    return Found({piece: (of[0], of[1]) for piece, of in ranks.items()}, report)
 
 
 def _ranked(rows_NF: Tensor, settings: EncoderSettings) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
