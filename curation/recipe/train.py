@@ -328,7 +328,9 @@ class TrainRecipe(WholeRecipe):
                 raise ValueError(f"method {method!r} needs {of_rounds[0]!r}, which only --train.choose round has")
             return
         if self.train.scoring == "pool" or self.low_resolution.is_on:
-            raise ValueError("train.choose round scores no super-batch: train.scoring is trainer, low_resolution is off")
+            raise ValueError(
+                "train.choose round scores no super-batch: train.scoring is trainer, low_resolution is off"
+            )
         if of_step := sorted(selector.needs & (STEP_COLUMNS | {name for name in RUN_VALUES if "logit" in name})):
             raise ValueError(
                 f"method {method!r} needs {of_step[0]!r} of the learner as it is, so it chooses in a step; a round "
