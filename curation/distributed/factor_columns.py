@@ -41,7 +41,6 @@ from curation.distributed.stored_features import (
     mixed_batches,
     read_features,
 )
-from curation.models.sparse_autoencoder import SparseAutoencoder
 from curation.numerics.factors import (
     Encoder,
     FactorFacts,
@@ -53,6 +52,7 @@ from curation.numerics.factors import (
 )
 from curation.recipe.columns import FactorsRecipe
 from curation.training.factor_encoders import fit_encoder
+from curation.training.sparse_autoencoder import SparseAutoencoder
 
 FOLDER, REPORT = "fit", "report.json"
 LABEL = "our completion of 2603.04981"

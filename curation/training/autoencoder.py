@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curation.models.sparse_autoencoder import SparseAutoencoder, Written
 from curation.numerics.factors import top_units
+from curation.training.sparse_autoencoder import SparseAutoencoder, Written
 
 
 @dataclass(frozen=True, kw_only=True)

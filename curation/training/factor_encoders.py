@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curation.models.sparse_autoencoder import SparseAutoencoder
 from curation.numerics.neighbors import ROWS_PER_CLUSTER, fit_centroids
 from curation.training.autoencoder import AutoencoderSettings, fit_autoencoder
+from curation.training.sparse_autoencoder import SparseAutoencoder
 
 LOGGED_LOSSES = 20
 EncoderKind = Literal["sae", "kmeans", "pca", "random"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curation.models.sparse_autoencoder import SparseAutoencoder
 from curation.numerics.factors import count_units
 from curation.training.autoencoder import AutoencoderSettings, fit_autoencoder
+from curation.training.sparse_autoencoder import SparseAutoencoder
 
 ATOMS, ACTIVE, WIDTH = 64, 3, 32
 
