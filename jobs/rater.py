@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
-
 from curation.data import manifest, storage
 from curation.data.rated_images import FACTS, rated_images
 from curation.distributed.fit_rater import checked_rater, fit_rater
@@ -77,11 +75,12 @@ def _picture(recipe: RatingsRecipe, stop: Stop) -> int:
     told = {"format_version": 1, "rows": len(found.percentile), "not_decoded": found.num_dropped, "facts": facts}
     storage.write_bytes(storage.join(folder, "correlations.json"), json.dumps(told, indent=1).encode())
     for name, of in facts.items():
-        log.say(f"rating and {name}: Spearman {of['spearman_with_rating']:.3f}")
+        if of["spearman_with_rating"] is not None:
+            log.say(f"rating and {name}: Spearman {of['spearman_with_rating']:.3f}")
     if recipe.rater:
         dynamics = manifest.read(storage.join(storage.absolute(recipe.rater), "fit", "dynamics.json"))
         if "loss" in dynamics:
             with storage.write_atomic(storage.join(folder, "dynamics.png")) as file:
                 draw_dynamics({name: dynamics[name] for name in ("loss", "gradient_norm", "gradient_change")}, file)
-    log.say(f"{folder}: images of {np.count_nonzero(found.percentile >= 0):,} rows by range, and what ratings go with")
+    log.say(f"{folder}: images of {len(found.percentile):,} rows by range, and what ratings go with")
     return EXIT_OK

@@ -120,7 +120,7 @@ class Masked(nn.Module):
         if components > min(half, len(rows_NG)):
             raise ValueError(f"{components} components of halves of {half} numbers and {len(rows_NG)} rows")
         self.standard = Standard(rows_NG, per_number=False)
-        self.half, self.components = half, components
+        self._half = half
         centred = self.standard(rows_NG)
         bases = [_principal(part, components) for part in (centred[:, :half], centred[:, half:])]
         self.first_GH: Tensor
@@ -138,7 +138,7 @@ class Masked(nn.Module):
     @torch.no_grad()
     def prepare(self, rows_NG: Tensor) -> Tensor:
         """Components of both halves, (N, 2, H), each half of mean square 1 over the rows it was made of."""
-        first, second = _halves(self.standard(rows_NG), self.half)
+        first, second = _halves(self.standard(rows_NG), self._half)
         both = torch.stack([first @ self.first_GH, second @ self.second_GH], dim=1)
         return both / self.variance_2.sqrt()[:, None]
 

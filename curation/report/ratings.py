@@ -46,18 +46,14 @@ def of_range(percentile_N: np.ndarray, name: str, *, limit: int) -> np.ndarray:
 
 
 def correlations(percentile_N: np.ndarray, facts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Spearman's correlation of the rating (the highest first) with each fact (N,), and each range's medians."""
-    return {
-        name: {
-            "spearman_with_rating": spearman(-percentile_N, values),
-            **{
-                part: float(np.median(values[(percentile_N >= low) & (percentile_N < high)]))
-                for part, (low, high) in RANGES.items()
-                if ((percentile_N >= low) & (percentile_N < high)).any()
-            },
-        }
-        for name, values in facts.items()
-    }
+    """Spearman's correlation of the rating with each fact (N,), None if it is constant, and each range's medians."""
+    inside = {name: (percentile_N >= low) & (percentile_N < high) for name, (low, high) in RANGES.items()}
+    told = {}
+    for name, values in facts.items():
+        correlation = spearman(-percentile_N, values)  # percentile 0 is the highest rating
+        medians = {part: float(np.median(values[here])) for part, here in inside.items() if here.any()}
+        told[name] = {"spearman_with_rating": None if np.isnan(correlation) else correlation, **medians}
+    return told
 
 
 def draw_dynamics(figures: Mapping[str, Sequence[Sequence[float | None]]], file: IO[bytes]) -> None:

@@ -2,10 +2,10 @@
 
 The specification's test bed (its Sec. 7) at a twenty-fifth of its size, for two busy cores: 1,200 real images, 400
 plain ones (a flat or graded ground with one small object, or a real image blurred until little is left), 400 chaotic
-ones (4 x 4 mosaics of patches of sixteen images, or noise of sigma 0.3), and 80 near-duplicates (cropped by up to 6% a side,
-brightened or darkened). Beside it a validation set of 600 from the same mixture, and one of 600 real images. A rater
-sees features of a small MobileNet v1, the proxy 32 x 32 pixels, and subsets are judged by ResNet-20's. Seeds share no
-image but those of the test set.
+ones (4 x 4 mosaics of patches of sixteen images, or noise of sigma 0.3), and 80 near-duplicates (cropped by up to 6% a
+side, brightened or darkened). Beside it a validation set of 600 from the same mixture, and one of 600 real images. A
+rater sees features of a small MobileNet v1, the proxy 32 x 32 pixels, and subsets are judged by ResNet-20's. Seeds
+share no image but those of the test set.
 
 Figures compare with nobody's: the images are JPEG copies, and the reference is 1,000 images of the test split.
 """

@@ -22,7 +22,11 @@ def autoregressive(*, num_tokens: int = 16, condition_width: int = 0) -> Autoreg
 
 def logits_of(proxy: Autoregressive, tokens: torch.Tensor) -> torch.Tensor:
     seen: list[torch.Tensor] = []
-    hook = proxy.outward.register_forward_hook(lambda _, __, out: seen.append(out))
+
+    def hear(_: object, __: object, logits: torch.Tensor) -> None:
+        seen.append(logits)
+
+    hook = proxy.outward.register_forward_hook(hear)
     proxy(tokens)
     hook.remove()
     return seen[0]

@@ -24,12 +24,16 @@ def rater(**fields: Any) -> Rater:
     return Rater(rows(50), **{"width": 16, "hidden": 8, **fields})
 
 
-def with_extreme_logits(made: Rater, batch: Tensor) -> Rater:
-    """The instance head as steep as it can be on one row, and as low on the others."""
-    with torch.no_grad():
-        made.instance[2].weight.zero_()
-        made.instance[2].bias.fill_(-100.0)
-    made.instance.register_forward_hook(lambda _, __, out: out + 200.0 * (torch.arange(len(out)) == 0)[:, None])
+class OneAbove(torch.nn.Module):
+    """A head whose sigmoid is 1 on the first row and 0 on all others."""
+
+    def forward(self, f_BW: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(f_BW)) == 0, 100.0, -100.0)[:, None]
+
+
+def with_extreme_logits() -> Rater:
+    made = rater(mode="code", group=False)
+    made.instance = OneAbove()  # pyright: ignore[reportAttributeAccessIssue]
     return made
 
 
@@ -39,11 +43,11 @@ def with_extreme_logits(made: Rater, batch: Tensor) -> Rater:
 )
 def test_sigmoid_then_softmax_leaves_little_between_rows_and_a_second_softmax_next_to_nothing(size, low, high, ratio):
     batch = rows(size)
-    first = with_extreme_logits(rater(mode="code", group=False), batch).rate_as_released(batch)
+    first = with_extreme_logits().rate_as_released(batch)
     bounds = math.e / (math.e + size - 1), 1 / (1 + (size - 1) * math.e)  # one row at 1, or one at 0
     assert first.max().item() == pytest.approx(bounds[0], rel=1e-4) and bounds[0] == pytest.approx(high, abs=1e-4)
     assert bounds[1] == pytest.approx(low, abs=1e-4)
-    second = with_extreme_logits(rater(mode="code", group=False), batch)(batch).weights
+    second = with_extreme_logits()(batch).weights
     assert (second.max() / second.min()).item() <= ratio + 1e-4
 
 

@@ -132,7 +132,7 @@ def test_two_groups_on_two_ranks_are_two_groups_on_one(monkeypatch):
 def test_alignment_is_the_product_with_the_validation_gradient():
     proxy = Square(4)
     with torch.no_grad():
-        proxy.centre += torch.tensor([0.3, -0.2, 0.1, 0.0])
+        proxy.centre.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
     train, validation = (Rows(torch.zeros(n, 1), torch.randn(n, 4)) for n in (5, 7))
     (of_validation,) = torch.autograd.grad(losses(proxy, validation).mean(), [proxy.centre])
     each = [torch.autograd.grad(losses(proxy, train.at(np.array([i])))[0], [proxy.centre])[0] for i in range(5)]
@@ -159,7 +159,7 @@ def test_a_batch_weight_that_collapses_stops_the_run_and_says_why():
     head = run.trainer.rater.of_group
     assert head is not None
     with torch.no_grad():
-        head[2].bias.fill_(-20.0)  # pyright: ignore[reportArgumentType]
+        head[-1].bias.fill_(-20.0)  # pyright: ignore[reportCallIssue]
     run.step()
     before = run.trainer.proxy.state_dict()["centre"].clone()
     with pytest.raises(Collapsed, match=r"the batch's weight fell to .* at step 1\. .* Use mode clean"):
