@@ -80,8 +80,9 @@ class Teach(Part):
     """The bilevel training; see `curation/training/rater.py` for the modes."""
 
     mode: Bilevel = "clean"
-    use_reference: bool = False
-    """Eq. 6: a row's cost is its loss minus that of a proxy trained on train rows alone."""
+    use_reference: bool | None = None
+    """Eq. 6: a row's cost is its loss minus that of a proxy trained on train rows alone; Eq. 9: its loss. None: Eq. 6
+    in mode paper, Eq. 9 in the others."""
     batch_size: int = Field(default=32, ge=2)
     """Rows over which a softmax runs."""
     groups: int = Field(default=2, gt=0)

@@ -13,8 +13,9 @@ is the same on any number of them that divides G.
             the batch's deviation: Ren et al. 2018 (arXiv:1803.09050), by one forward-mode pass. The literal reading of
             "rate by how much validation improves"; the paper's rater sees losses only
 
-With positive losses and weights that carry a factor of the whole batch (paper, with its group head), that factor falls
-to 0 and the rater with it: `Collapsed` stops the run and says so.
+With positive losses (Eq. 9) and weights that carry a factor of the whole batch (paper, with its group head), that
+factor falls to 0 and the rater with it: `Collapsed` stops the run and says so. Under Eq. 6 costs have either sign, and
+it need not.
 
 B rows of a group, G groups of a step.
 """
@@ -55,8 +56,8 @@ class RaterSpec:
     """How a rater is taught; defaults are the authors' code's, but for the learning rate and `mode`."""
 
     mode: Bilevel = "clean"
-    use_reference: bool = False
-    """Eq. 6 in place of Eq. 9. Always so in mode paper."""
+    use_reference: bool | None = None
+    """Eq. 6 in place of Eq. 9; None: in mode paper."""
     batch_size: int = 32
     """B."""
     groups: int = 2
@@ -90,7 +91,7 @@ class RaterSpec:
     @property
     def has_reference(self) -> bool:
         """True if a second proxy is trained on train rows alone."""
-        return self.use_reference or self.mode == "paper"
+        return self.mode == "paper" if self.use_reference is None else self.use_reference
 
 
 class Rows(NamedTuple):
