@@ -48,7 +48,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "clean, real validation": {"validation": {"real": True}},
     "clean, masked proxy": {"proxy": {"kind": "masked", "width": 128}},
     "paper": {"teach": {"mode": "paper"}},
-    "paper, Eq. 9": {"teach": {"mode": "paper", "use_reference": False}},
     "paper, no group": {"teach": {"mode": "paper"}, "shape": {"group": False}},
     "code": {"teach": {"mode": "code"}},
     "align": {"teach": {"mode": "align"}},
@@ -133,14 +132,13 @@ def _taught(way: str, study: Study, *, seed: int, tiny: bool) -> dict[str, Any]:
         test=Split(np.zeros((len(study.test.pixels), 0), np.float32), study.test.pixels),
         seed=seed,
     )
-    snapshots, effective, batch_weight = [], 0.0, 1.0
+    snapshots, effective = [], 0.0
     while not run.is_over:
         try:
             facts = run.step()
         except Collapsed as error:
             return {"rating": None, "collapsed": str(error), "step": run.trainer.step}
-        if facts:
-            effective, batch_weight = facts.effective_rows, facts.batch_weight
+        effective = facts.effective_rows if facts else effective
         if facts and run.ends_epoch and way == "clean":
             snapshots.append({name: value.clone() for name, value in run.trainer.proxy.state_dict().items()})
     pool = run.rows("train", np.arange(len(study.pool.pixels)))
@@ -150,7 +148,6 @@ def _taught(way: str, study: Study, *, seed: int, tiny: bool) -> dict[str, Any]:
         "rating": [round(value, 5) for value in rating.tolist()],
         "loss": run.evaluated(),
         "effective_rows": effective,
-        "batch_weight": batch_weight,
         "spearman_with_minus_loss": spearman(rating, -losses),
         "loss_by_kind": {kind: float(losses[study.pool.kind == kind].mean()) for kind in KINDS},
     }

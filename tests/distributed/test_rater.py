@@ -117,6 +117,11 @@ def test_ratings_are_columns_a_selection_draws_from_them_and_its_deciles_are_aud
     assert sum(row["rows_out"] for row in deciles.values()) == summary.selected == 118
     assert deciles["< 0.1"]["kept_share"] == deciles["0.1 to 0.2"]["kept_share"] == 0
     assert deciles["0.6 to 0.7"]["kept_share"] > 0.8
+    # The command of a finished rater, from its own recipe.
+    assert fit.main(["rater", str(Path(recipe.output) / "recipe.json")]) == 0
+    assert '"make": "percentile"' in capsys.readouterr().out
+    assert fit.main(["rater", "debug", "--run", str(run), "--output", str(run.parent / "x"), "--dry-run"]) == 0
+    assert not (run.parent / "x").exists()
     # Pictures and tables of the ranges.
     assert fit.main(["ratings", "default", "--run", str(run), "--rater", recipe.output, "--rows", "60"]) == 0
     folder = run / "fit" / "rating_percentile"
