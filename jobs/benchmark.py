@@ -1,5 +1,6 @@
 """`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
+    alchemist  raters and Shift-Gsample on a pool with known junk, against loss alone, alignment and random
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
@@ -30,6 +31,7 @@ from typing import Any
 
 from jobs.benchmarks import (
     ablate,
+    alchemist,
     capacity,
     decode,
     dedup,
@@ -73,6 +75,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ablate": lambda given: ablate.benchmark(
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
     ),
+    "alchemist": lambda given: alchemist.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
     "dynamic": lambda given: dynamic.benchmark(

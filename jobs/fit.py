@@ -6,6 +6,8 @@
     quality     columns of a curated run: how sharp and how plain each image is
     mimic       columns of a curated run: what a Grad-Mimic run's score log says of each sample, and of the pool
     factors     columns of a curated run: each row's representativeness and rarity, which `dynamic` ranks by
+    rater       Alchemist's rater, taught by validation loss on a curated run's features
+    ratings     of a run that was rated: images of its ratings' ranges, what the ratings go with, how the ranges train
 
 `reference --data.run RUN --output DIR` leaves `DIR/train/learner.pt`. Its embeddings over a large pool are what
 `python -m jobs.curate RECIPE --embed.checkpoint DIR/train/learner.pt` makes; or, beside those of another model in a
@@ -13,6 +15,9 @@ run that is there already, `embeddings --run RUN --column NAME --weights.checkpo
 
 `mimic majority --run RUN --log DIR --column NAME` makes NAME.keep, NAME.useful, NAME.score and NAME.rank, which a
 selection of `jobs.curate` filters by.
+
+`rater debug --run RUN --output DIR` leaves DIR/rater.pt; `python -m jobs.curate RECIPE --columns '[{"make": "rating",
+"rater": "DIR"}, {"make": "percentile"}]'` rates the pool with it, and its selection may name the method alchemist.
 
 Exit codes as in `jobs.train`.
 """
@@ -37,7 +42,7 @@ from curation.recipe.columns import (
     MimicRecipe,
     QualityRecipe,
 )
-from jobs import log
+from jobs import log, rater
 from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command, exit_code
 from jobs.recipes import EMBEDDINGS, FACTORS, FEATURES, MIMIC, QUALITY, REFERENCE
 from jobs.train import print_plan, run_training
@@ -95,6 +100,8 @@ KINDS: dict[str, Callable[[list[str]], int]] = {
     "quality": _quality,
     "mimic": _mimic,
     "factors": _factors,
+    "rater": rater.fit,
+    "ratings": rater.picture,
 }
 
 

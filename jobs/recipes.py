@@ -13,6 +13,7 @@ from curation.recipe.columns import EmbeddingsRecipe, FactorsRecipe, FeaturesRec
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
+from curation.recipe.rater import Proxy, RaterNetwork, RaterRecipe, RatingsRecipe, Teach
 from curation.recipe.train import LowResolution, Remember, Train, Weights, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
@@ -339,3 +340,41 @@ def factors_clip() -> FactorsRecipe:
 
 FACTORS: dict[str, Callable[[], FactorsRecipe]] = {"cpu": factors_cpu, "clip": factors_clip}
 """Recipes of `jobs.fit factors`, by name."""
+
+
+def rater_debug() -> RaterRecipe:
+    """On the run's own embeddings, a few dozen steps: proves the pipe."""
+    return RaterRecipe(
+        proxy=Proxy(kind="masked", width=32, components=8),
+        rater=RaterNetwork(width=32, hidden=16),
+        teach=Teach(batch_size=8, epochs=4),
+        device="cpu",
+    )
+
+
+def rater_cpu() -> RaterRecipe:
+    """A rater of any features, taught by an autoregressive model of a column of pixels."""
+    return RaterRecipe(name="cpu", modelled="pixels", teach=Teach(learning_rate=3e-3), device="cpu")
+
+
+def rater_paper() -> RaterRecipe:
+    """As printed: Eqs. 5 and 6, no group head, for with one the batch's weight collapses (and says so)."""
+    return RaterRecipe(
+        name="paper", modelled="pixels", rater=RaterNetwork(group=False), teach=Teach(mode="paper"), device="auto"
+    )
+
+
+def rater_code() -> RaterRecipe:
+    """As released: a sigmoid and two softmaxes, their learning rate, batches of 2 x 32."""
+    return RaterRecipe(name="code", modelled="pixels", teach=Teach(mode="code", learning_rate=1e-4), device="auto")
+
+
+RATER: dict[str, Callable[[], RaterRecipe]] = {
+    "debug": rater_debug,
+    "cpu": rater_cpu,
+    "paper": rater_paper,
+    "code": rater_code,
+}
+"""Recipes of `jobs.fit rater`, by name."""
+RATINGS: dict[str, Callable[[], RatingsRecipe]] = {"default": RatingsRecipe}
+"""Recipes of `jobs.fit ratings`, by name."""

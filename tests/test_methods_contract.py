@@ -41,6 +41,7 @@ MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
     "head_residual": lambda n, rng: torch.randn(n, 3, generator=rng).softmax(dim=1) - torch.eye(3)[torch.arange(n) % 3],
     "head_input": lambda n, rng: torch.randn(n, 5, generator=rng),
     "comparison_gradient": lambda n, rng: torch.randn(3, 5, generator=rng),
+    "rating_percentile": lambda n, rng: torch.rand(n, generator=rng).mul(32).round().div(32),
     "image_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "text_embedding": lambda n, rng: unit_rows(n, rng, width=8),
     "reference_image_embedding": lambda n, rng: unit_rows(n, rng, width=12),
@@ -67,6 +68,10 @@ MAKERS: dict[str, Callable[[int, Generator], Tensor]] = {
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("alchemist", {"rule": "gaussian"}),
+    ("alchemist", {"rule": "top"}),
+    ("alchemist", {"rule": "block"}),
+    ("alchemist", {"rule": "random"}),
     ("jest", {"scoring": "easy_reference"}),
     ("jest", {"scoring": "hard_learner", "num_chunks": 100}),
     ("jest", {"form": "softmax"}),

@@ -17,7 +17,7 @@ from curation.data import storage
 from curation.data.tallies import GroupCounts, Label
 from curation.distributed.select import Selected, StepCount, tally
 from curation.distributed.tasks import in_groups
-from curation.recipe import Audit, CurateRecipe
+from curation.recipe import Audit, CurateRecipe, Select
 
 VERSION = {"format_version": str(FORMAT_VERSION)}
 WATERFALL_SCHEMA = pa.schema(
@@ -60,6 +60,11 @@ def write_waterfall_and_audit(recipe: CurateRecipe, numbers: Sequence[int], sele
     names = [count.name for count in selected.counts[1:]]  # repeats of a uid are no candidates
     rows: list[dict[str, Any]] = []
     groups = in_groups(numbers)
+    asked_by_selectors = [step.selector() for step in recipe.selection if isinstance(step, Select)]
+    for column, edges in dict.fromkeys(s.audited_by for s in asked_by_selectors if hasattr(s, "audited_by")):
+        counts = tally(recipe.output, groups, selected.decided, GroupCounts(Label(column, edges)))
+        # What a selector does by design is told, and not warned of.
+        rows += [{**row, "warned": False} for row in audit_rows(column, counts or {}, names, recipe.audit)]
     for group in recipe.audit.groups:
         counts = tally(recipe.output, groups, selected.decided, GroupCounts(Label(group.column, group.edges)))
         rows += audit_rows(group.column, counts or {}, names, recipe.audit)

@@ -1,4 +1,4 @@
-"""A recipe's made columns: languages, heads and clusters, as makers of `stored_columns`."""
+"""A recipe's made columns: languages, heads, clusters and ratings, as makers of `stored_columns`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from curation.data.mapped import mapped_arrays
 from curation.data.pieces import Record
 from curation.distributed import stored_columns
 from curation.distributed.guards import embedded_by
+from curation.distributed.rating_columns import percentile_maker, rating_maker
 from curation.distributed.stored_columns import ColumnMaker
 from curation.distributed.tasks import in_groups, ordered
 from curation.models.heads import Head, HeadLayout, head_digest, load_head
@@ -26,7 +27,7 @@ from curation.models.language import Identify, language_model_digest, load_langu
 from curation.numerics.neighbors import fit_centroids, nearest_centroids
 from curation.numerics.sampling import tie_hash, uid_words
 from curation.recipe import CurateRecipe
-from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
+from curation.recipe.made_columns import Clusters, EmbeddingHead, Language, MadeColumns, Percentile, Rating
 
 FOLDER = "fit"
 
@@ -40,9 +41,11 @@ def make_columns(recipe: CurateRecipe, samples: Mapping[int, Record], numbers: S
         stored_columns.make(recipe.output, samples, numbers, _maker(recipe.output, column, samples, numbers))
 
 
-def _maker(
-    output: str, column: Language | EmbeddingHead | Clusters, samples: Mapping[int, Record], numbers: Sequence[int]
-) -> ColumnMaker:
+def _maker(output: str, column: MadeColumns, samples: Mapping[int, Record], numbers: Sequence[int]) -> ColumnMaker:
+    if isinstance(column, Rating):
+        return rating_maker(column)
+    if isinstance(column, Percentile):
+        return percentile_maker(output, column, numbers, folder=FOLDER)
     if isinstance(column, Language):
         return Languages(column.name, column.model, language_model_digest(column.model))
     if isinstance(column, EmbeddingHead):

@@ -37,7 +37,8 @@ class ColumnMaker(Protocol):
         ...
 
     def make(self, table: pa.Table) -> dict[str, pa.Array]:
-        """PART -> a value for each row of the table, which holds rows that were embedded."""
+        """PART -> a value for each row of the table, which holds rows that were embedded; "" for a column called as the
+        piece is."""
         ...
 
 
@@ -82,7 +83,9 @@ def _make_piece(output: str, number: int, url: str, key: str, maker: ColumnMaker
     table = tables.read(output, number, sorted(maker.needs | {"status"}))
     is_ok = np.asarray([status == "ok" for status in table["status"].to_pylist()], bool)
     columns = maker.make(table.filter(pa.array(is_ok)))
-    whole = {f"{maker.piece}.{part}": aligned(values, is_ok) for part, values in columns.items()}
+    whole = {
+        f"{maker.piece}.{part}" if part else maker.piece: aligned(values, is_ok) for part, values in columns.items()
+    }
     tables.write_piece(output, maker.piece, number, whole)
     record = {
         "shard": number,

@@ -1,5 +1,8 @@
 """Frozen networks that turn an image into features: open_clip, timm, torchvision, ResNet-20 of CIFAR, and TFLite files.
 
+And two that are no networks, but as good as one: perceptual hashes, and the pixels themselves, for small generative
+models that need something to generate (`models.proxies`).
+
 The features are what the network's last linear layer would see (open_clip: the image tower's embedding, not
 normalised). Resizing is the network's own transform, cut at ToTensor as in `models.clip`; a TFLite file names no
 transform, so its images are made as ImageNet's are: the shorter side to 256/224 of the input, bicubic, centre crop.
@@ -26,9 +29,11 @@ from curation.models.cifar_resnet import SIDE, CifarResNet20, normalise
 from curation.models.clip import Precision, Resize, build_network, load_resize, resolve_device, weights_digest
 from curation.models.perceptual_hash import BITS, grey_square, perceptual_hashes
 
-Library = Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash"]
+Library = Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash", "pixels"]
 LIBRARIES: tuple[str, ...] = get_args(Library)
 IMAGENET_CROP = 224 / 256
+PATCH = 4
+"""Side of the patches into which pixels are cut, as many numbers of a row in sequence: 48 with three channels."""
 
 ImageStep = Callable[[Image.Image], Any]
 
@@ -63,6 +68,8 @@ def load_frozen(
         return _tflite(model, given=pretrained or checkpoint)
     if library == "phash":
         return _phash(model, given=pretrained or checkpoint)
+    if library == "pixels":
+        return _pixels(model, given=pretrained or checkpoint)
     device = resolve_device(device)
     make = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision, "cifar": _cifar}[library]
     with torch.random.fork_rng(devices=[]):
@@ -205,6 +212,22 @@ def _phash(model: str, *, given: str | None) -> Frozen:
     if model != str(BITS) or given is not None:
         raise ValueError(f"library phash has the model {str(BITS)!r}, got {given or model!r}")
     return Frozen(grey_square, perceptual_hashes)
+
+
+def _pixels(model: str, *, given: str | None) -> Frozen:
+    """The image itself in `model` x `model` pixels, patch after patch, row by row: (n, 3 S S) in [0, 1]."""
+    side = int(model) if model.isdecimal() else 0
+    if side < PATCH or side % PATCH or given is not None:
+        raise ValueError(f"library pixels has models such as '32', a multiple of {PATCH}, got {given or model!r}")
+
+    def resize(image: Image.Image) -> NDArray[np.uint8]:
+        return np.array(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+    def embed(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        cut = pixels.reshape(len(pixels), side // PATCH, PATCH, side // PATCH, PATCH, 3).swapaxes(2, 3)
+        return cut.reshape(len(pixels), side * side * 3).astype(np.float32) / 255
+
+    return Frozen(resize, embed)
 
 
 def _tflite(model: str, *, given: str | None) -> Frozen:

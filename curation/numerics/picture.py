@@ -1,4 +1,4 @@
-"""Two numbers that tell a picture from no picture: how sharp it is, and how much of it is one plain tone.
+"""Numbers that tell a picture from no picture: how sharp it is, how much of it is one plain tone, how dense its edges.
 
 Sharpness is the variance of the Laplacian of the grey values (Pech-Pacheco et al. 2000, doi:10.1109/ICPR.2000.903548):
 low for what is out of focus or enlarged, high for fine texture and for noise. Plainness is the share of pixels within a
@@ -30,3 +30,10 @@ def plainness(grey_HW: np.ndarray) -> float:
     counts = np.bincount(grey_HW.ravel(), minlength=256)
     tone = int(counts.argmax())
     return float(counts[max(0, tone - PLAIN_LEVELS) : tone + PLAIN_LEVELS + 1].sum() / grey_HW.size)
+
+
+def edge_density(grey_HW: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring grey values, in [0, 1] for grey values in [0, 255]; 0 for one pixel."""
+    grey = grey_HW.astype(np.float32) / 255
+    steps = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1) if grey.shape[axis] > 1]
+    return float(np.mean(steps)) if steps else 0.0

@@ -16,9 +16,10 @@ from curation.training.factor_encoders import EncoderKind, EncoderSettings
 class Network(Part):
     """A frozen network that turns an image into features."""
 
-    library: Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash"] = "open_clip"
+    library: Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash", "pixels"] = "open_clip"
     model: str = Field(default="ViT-B-32", min_length=1)
-    """The library's name of the model; of a tflite network the file; of a perceptual hash 64, its bits."""
+    """The library's name of the model; of a tflite network the file; of a perceptual hash 64, its bits; of pixels the
+    side."""
     pretrained: str | None = Field(default=None, min_length=1)
     """The library's tag of pretrained weights."""
     checkpoint: str | None = Field(default=None, min_length=1)

@@ -169,6 +169,9 @@ class Select(Part):
             raise ValueError("ties='datacomp' needs keep_fraction")
         if not isinstance(selector, PoolSelector):
             raise ValueError(f"method {self.name!r} does not decide row by row, so it cannot select from a pool")
+        most = getattr(selector, "most_kept", 1.0)  # alchemist cuts a head off: more would bring it back
+        if self.keep_fraction is not None and self.keep_fraction > most + 1e-9:
+            raise ValueError(f"method {self.name!r} keeps at most {most:g} of the rows, got {self.keep_fraction}")
         return self
 
     @property

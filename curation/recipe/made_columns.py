@@ -50,5 +50,25 @@ class Clusters(Part):
     seed: int = Field(default=0, ge=0)
 
 
-MadeColumns = Annotated[Language | EmbeddingHead | Clusters, Field(discriminator="make")]
+class Rating(Part):
+    """A column NAME.logit: what a rater of `jobs.fit rater` makes of stored features. Of one taught in mode code also
+    NAME.released, the released scoring script's, which depends on 255 neighbours."""
+
+    make: Literal["rating"]
+    name: str = "rating"
+    rater: str = Field(min_length=1)
+    """Folder or URL of the run of `jobs.fit rater`. The features are those that it was taught on."""
+
+
+class Percentile(Part):
+    """A column NAME: where a row stands among all by another column, 0 for the highest."""
+
+    make: Literal["percentile"]
+    name: str = "rating_percentile"
+    of: str = "rating.logit"
+    max_rows: int = Field(default=1 << 20, gt=0)
+    """Rows that percentiles are read off; a pool of no more has exact ones. They stay when shards are added."""
+
+
+MadeColumns = Annotated[Language | EmbeddingHead | Clusters | Rating | Percentile, Field(discriminator="make")]
 MadeColumnsArgument = Annotated[tuple[MadeColumns, ...], json_argument(tuple[MadeColumns, ...], tuple)]
