@@ -10,6 +10,7 @@
     mimic    Grad-Mimic on linear probes under label noise, against its rivals and controls; what a step of it costs
     plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
+    scale    jobs.curate with 1 to 64 actors that sleep for a model: weak and strong scaling
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
     subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
     subsets  what selection rules pick from pools whose junk is planted, judged on the picked rows themselves
@@ -39,6 +40,7 @@ from jobs.benchmarks import (
     mimic,
     plan,
     race,
+    scale,
     select,
     subsample,
     subsets,
@@ -78,6 +80,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "mimic": lambda given: mimic.benchmark(seeds=given.seeds, pairs=given.pairs, tiny=given.tiny, folder=given.folder),
     "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "scale": lambda given: scale.benchmark(actors=given.actors, tiny=given.tiny),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsets": lambda given: subsets.benchmark(tracks=given.tracks, tiny=given.tiny, folder=given.folder),
@@ -100,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("out/race"),
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
+    parser.add_argument("--actors", type=int, nargs="+", help="scale: sizes of the pool (1 2 4 8 16 32 64)")
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
     parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
