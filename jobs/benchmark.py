@@ -1,6 +1,7 @@
 """`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
+    chaos    faults at random moments on several raylets: is each table byte for byte that of a run without harm?
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
@@ -30,6 +31,7 @@ from typing import Any
 from jobs.benchmarks import (
     ablate,
     capacity,
+    chaos,
     decode,
     dedup,
     embed,
@@ -71,6 +73,9 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ablate": lambda given: ablate.benchmark(
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
     ),
+    "chaos": lambda given: chaos.benchmark(
+        minutes=given.minutes, seed=given.seed, tiny=given.tiny, faults=given.faults
+    ),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
@@ -104,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
     parser.add_argument("--actors", type=int, nargs="+", help="scale: sizes of the pool (1 2 4 8 16 32 64)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="chaos: begin no round after so long (20)")
+    parser.add_argument("--seed", type=int, default=0, help="chaos: of its moments and order (0)")
+    parser.add_argument("--faults", nargs="+", choices=sorted(chaos.FAULTS), help="chaos: these only (all)")
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
     parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")
