@@ -4,6 +4,7 @@
     chaos    faults at random moments on several raylets: is each table byte for byte that of a run without harm?
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
+    doctor   is this cluster fit for a long run? Pass or fail, and the fix for each
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
@@ -34,6 +35,7 @@ from jobs.benchmarks import (
     chaos,
     decode,
     dedup,
+    doctor,
     embed,
     feed,
     ingest,
@@ -78,6 +80,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     ),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "doctor": lambda given: doctor.benchmark(output=given.output, tiny=given.tiny),
     "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
     "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
@@ -112,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="chaos: begin no round after so long (20)")
     parser.add_argument("--seed", type=int, default=0, help="chaos: of its moments and order (0)")
     parser.add_argument("--faults", nargs="+", choices=sorted(chaos.FAULTS), help="chaos: these only (all)")
+    parser.add_argument("--output", default="out/doctor", help="doctor: a folder or URL that every node can write")
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
     parser.add_argument("--hours", type=float, default=24.0, help="plan: within so many hours (24)")

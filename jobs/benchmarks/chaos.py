@@ -5,8 +5,8 @@ What it leaves must be, byte for byte, what a run without harm left; what was co
 been touched; and the harmed run must have ended or gone on with a message, never in silence.
 
 The cluster is Ray's own `Cluster`: one GCS, a raylet for each node, on one network. So a cut is a raylet that is
-stopped (SIGSTOP) for longer than a heartbeat and then goes on: its workers are alive meanwhile, as behind a real cut,
-but can reach the store, as they could not always there. A full disk is a small tmpfs, and needs root; else it is left out.
+stopped (SIGSTOP) for longer than a heartbeat, then goes on: its workers are alive meanwhile, as behind a real cut,
+but can reach the store, as they could not always there. A full disk is a small tmpfs, which needs root.
 """
 
 from __future__ import annotations
