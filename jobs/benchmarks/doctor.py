@@ -14,9 +14,11 @@ import json
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,7 +276,11 @@ def all_gather(nodes: list[dict[str, Any]], *, mib: int) -> Iterator[Check]:
 def killed_and_resumed(folder: str) -> Iterator[Check]:
     """A curation, and a training that selects online on two workers, each killed once and given again."""
     fix = "run the command by itself and read what it says; pool and output must be on every node"
-    pool = make_pool(storage.join(folder, "pool"), samples=2000, samples_per_shard=100).shards
+    pool = storage.join(folder, "pool")
+    with tempfile.TemporaryDirectory(prefix="curation-doctor-") as made:
+        make_pool(Path(made) / "pool", samples=2000, samples_per_shard=100)
+        for shard in (Path(made) / "pool" / "shards").glob("*.tar"):
+            storage.copy(str(shard), storage.join(pool, shard.name))
     run, trained = storage.join(folder, "run"), storage.join(folder, "train")
     curate = ["jobs.curate", "debug", "--pool.shards", pool, "--output", run, "--max-drop-fraction", "1"]
     manifests = storage.join(run, "manifest", "embed")
