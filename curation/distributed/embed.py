@@ -55,8 +55,8 @@ class EmbedSpec:
     staged: bool
     rules: ReadRules
     made_by: Mapping[str, Any]
-    roster: str = ""
-    """Who is told of each attempt at a shard; "" tells nobody."""
+    run: str = ""
+    """The name under which the roster keeps this run's attempts at shards; "": nobody does."""
 
 
 class BatchEmbedder:
@@ -137,7 +137,7 @@ class ShardEmbed:
         towers = self._embedder.towers
         self._decode = SampleDecoder(towers.resize, towers.tokenize, how=spec.resize, max_pixels=spec.max_pixels)
         self._model = threading.Lock()
-        self._bench = bench(spec.roster)
+        self._bench = bench(spec.run)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One row (number, url, fingerprint) in, one row (record) out: the piece's account as JSON.

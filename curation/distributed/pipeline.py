@@ -35,7 +35,7 @@ from curation.distributed.guards import digest_of_lists, guards, lists_at_read
 from curation.distributed.made_columns import make_columns
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place, wait_for_progress
-from curation.distributed.roster import StallWatch, roster
+from curation.distributed.roster import StallWatch, enrolled
 from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
 from curation.distributed.stopping import Stop
@@ -228,9 +228,9 @@ def _watched(
     wait_for_progress(STALLS_UNTIL_THE_END * stall_s)
     urls = {shard.number: shard.url for shard in todo}
     with (
-        roster() as name,
+        enrolled() as name,
         StallWatch(name, stall_s=stall_s, urls=urls, say=watch.stalled) as stall_watch,
-        contextlib.closing(embed_shards(todo, dataclasses.replace(spec, roster=name), placement)) as records,
+        contextlib.closing(embed_shards(todo, dataclasses.replace(spec, run=name), placement)) as records,
     ):
         for record in records:
             stall_watch.committed()

@@ -1,6 +1,6 @@
 """Who works on which shard: what finds a dead worker's notes, and what tells a driver on whom it waits.
 
-One small actor for a run, beside its driver. A worker asks it before it takes a shard; if another began that shard and
+One small actor beside the driver. A worker asks it before it takes a shard; if another began that shard and
 did not end, a task on that worker's node looks whether it lives, and reads its notes if it does not. So a death counts
 only where its node is still there to tell: a node that is lost or drained takes its workers with it and says nothing.
 A stall is told the same way: each worker's notes, read where it runs. What lasts too long is killed, and Ray redoes it.
@@ -42,6 +42,8 @@ from curation.data.shards import Sample
 ASK_TIMEOUT_S = 60.0
 """How long a node may take to answer; longer than Ray takes to find out that one is gone."""
 CALLERS = 64
+NAME = "curation-roster"
+"""The actor's, in the namespace of its driver's job."""
 SLOTS = 4096
 """Steps under way in a process: its decode threads, and a few for each shard."""
 _SAYS = {
@@ -55,8 +57,9 @@ S = TypeVar("S", bound=Sample)
 
 
 class Worker(NamedTuple):
-    """A process that works on shards, and where its notes lie."""
+    """A process that works on a run's shards, and where its notes lie."""
 
+    run: str
     name: str
     node: str
     host: str
@@ -82,46 +85,46 @@ class Held(NamedTuple):
 
 
 class Roster:
-    """The actor. Calls come from many workers at a time; none waits for another's look at a node."""
+    """The actor, for all runs of a driver. Calls come from many workers at a time; none waits for another's look."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._deaths = Deaths()
-        self._held: defaultdict[tuple[str, int], dict[Worker, float]] = defaultdict(dict)
+        self._deaths: defaultdict[str, Deaths] = defaultdict(Deaths)
+        self._held: defaultdict[tuple[str, str, int], dict[Worker, float]] = defaultdict(dict)
         self._workers: set[Worker] = set()
 
     def begin(self, worker: Worker, what: str, shard: int) -> Verdict:
         """A worker takes a shard; `what` it does with it. What deaths say of that shard."""
         with self._lock:
             self._workers.add(worker)
-            others = [other for other in self._held[what, shard] if other != worker]
+            others = [other for other in self._held[worker.run, what, shard] if other != worker]
         for other in others:
             seen = _answer(_ask(other, wedged_after_s=None), timeout_s=ASK_TIMEOUT_S)
             if seen is None or not seen.alive:
                 self._gone(other, seen)
         with self._lock:
-            self._held[what, shard][worker] = time.monotonic()
-            return self._deaths.verdict(shard)
+            self._held[worker.run, what, shard][worker] = time.monotonic()
+            return self._deaths[worker.run].verdict(shard)
 
     def end(self, worker: Worker, what: str, shard: int) -> None:
         """The worker is through with the shard, whatever came of it."""
         with self._lock:
-            self._held[what, shard].pop(worker, None)
-            if not self._held[what, shard]:
-                del self._held[what, shard]
+            self._held[worker.run, what, shard].pop(worker, None)
+            if not self._held[worker.run, what, shard]:
+                del self._held[worker.run, what, shard]
 
-    def verdict(self, shard: int) -> Verdict:
+    def verdict(self, run: str, shard: int) -> Verdict:
         """What deaths say of a shard."""
         with self._lock:
-            return self._deaths.verdict(shard)
+            return self._deaths[run].verdict(shard)
 
-    def look(self, *, wedged_after_s: float) -> list[Held]:
-        """Every worker that holds a shard; a step that lasts longer than `wedged_after_s` costs its worker its life."""
+    def look(self, run: str, *, wedged_after_s: float) -> list[Held]:
+        """Each worker of the run that holds a shard; a step beyond `wedged_after_s` costs its worker its life."""
         now = time.monotonic()
         with self._lock:
             held: defaultdict[Worker, dict[int, float]] = defaultdict(dict)
-            for (_, shard), workers in self._held.items():
-                for worker, since in workers.items():
+            for (of_run, _, shard), workers in self._held.items():
+                for worker, since in workers.items() if of_run == run else ():
                     held[worker][shard] = now - since
         asked = {worker: _ask(worker, wedged_after_s=wedged_after_s) for worker in held}
         until = time.monotonic() + ASK_TIMEOUT_S
@@ -134,22 +137,28 @@ class Roster:
                 if what is not None and what.killed:
                     # A store that hangs and a model that is slow must not cost a shard.
                     stuck = [do for do in what.doing if do.step is Step.DECODE and do.seconds > wedged_after_s]
-                    self._deaths.note(worker.name, stuck, held=())
+                    self._deaths[run].note(worker.name, stuck, held=())
         return seen
 
-    def forget(self) -> None:
-        """Remove the workers' notes, at the end of a run."""
-        removed = [_task(_remove, worker).remote(worker.notes) for worker in self._workers]
+    def forget(self, run: str) -> None:
+        """Remove what is known of a run, and its workers' notes."""
+        with self._lock:
+            gone = {worker for worker in self._workers if worker.run == run}
+            self._workers -= gone
+            self._deaths.pop(run, None)
+            for key in [key for key in self._held if key[0] == run]:
+                del self._held[key]
+        removed = [_task(_remove, worker).remote(worker.notes) for worker in gone]
         if removed:
             ray.wait(removed, num_returns=len(removed), timeout=5)
 
     def _gone(self, worker: Worker, seen: Seen | None) -> None:
         with self._lock:
-            shards = [shard for (_, shard), workers in self._held.items() if worker in workers]
+            shards = [shard for (_, _, shard), workers in self._held.items() if worker in workers]
             for workers in self._held.values():
                 workers.pop(worker, None)
             if seen is not None:
-                self._deaths.note(worker.name, seen.doing, held=shards)
+                self._deaths[worker.run].note(worker.name, seen.doing, held=shards)
 
 
 def _ask(worker: Worker, *, wedged_after_s: float | None) -> ray.ObjectRef | None:
@@ -214,15 +223,16 @@ class Bench:
 
 
 @functools.cache
-def bench(roster: str) -> Bench:
-    """This process's bench under the run whose roster has that name; "": nobody asks."""
+def bench(run: str) -> Bench:
+    """This process's bench in the run that is enrolled under that name; "": nobody asks."""
     record, turns = WorkRecord(slots=SLOTS), Turns()
-    if not roster:
+    if not run:
         os.unlink(record.path)
         return Bench(record, turns, lambda what, shard: Verdict(), lambda what, shard: None)
     context = ray.get_runtime_context()
-    actor: Any = ray.get_actor(roster)
+    actor: Any = ray.get_actor(NAME)
     me = Worker(
+        run,
         context.get_worker_id(),
         context.get_node_id(),
         ray.util.get_node_ip_address(),
@@ -285,32 +295,36 @@ class Attempt:
 
 # Beside the driver.
 
+_actor: Any = None
+"""Keeps the actor: Ray ends one that nobody holds."""
+
 
 @contextlib.contextmanager
-def roster() -> Iterator[str]:
-    """The name of a roster for a run. Its actor is on the driver's node, and is gone with the run."""
-    name = f"curation-roster-{secrets.token_hex(8)}"
+def enrolled() -> Iterator[str]:
+    """The name of a run that the roster keeps. Its actor is on the driver's node, and is gone with the driver."""
+    global _actor
+    run = secrets.token_hex(8)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     made = ray.remote(Roster).options(
-        name=name,
+        name=NAME,
+        get_if_exists=True,  # to start one for each run of many short ones would cost more than they do
         num_cpus=0,
         max_concurrency=CALLERS,
         max_restarts=-1,  # a roster that lost its memory counts from nothing; the run goes on
         max_task_retries=-1,
         scheduling_strategy=here,
     )
-    actor: Any = made.remote()
+    _actor = made.remote()
     try:
-        yield name
+        yield run
     finally:
         with contextlib.suppress(RayError):
-            ray.get(actor.forget.remote(), timeout=10)
-        ray.kill(actor)
+            ray.get(_actor.forget.remote(run), timeout=10)
 
 
-def verdict_of(roster: str, shard: int) -> Verdict:
-    """What the run's roster knows of a shard."""
-    return ray.get(ray.get_actor(roster).verdict.remote(shard)) if roster else Verdict()
+def verdict_of(run: str, shard: int) -> Verdict:
+    """What the roster knows of a run's shard."""
+    return ray.get(ray.get_actor(NAME).verdict.remote(run, shard)) if run else Verdict()
 
 
 class StallWatch:
@@ -319,8 +333,9 @@ class StallWatch:
     A thread beside the driver, which tells it each commit.
     """
 
-    def __init__(self, roster: str, *, stall_s: float, urls: Mapping[int, str], say: Callable[[list[str]], None]):
-        self._actor: Any = ray.get_actor(roster)
+    def __init__(self, run: str, *, stall_s: float, urls: Mapping[int, str], say: Callable[[list[str]], None]):
+        self._actor: Any = ray.get_actor(NAME)
+        self._run = run
         self._stall_s, self._urls, self._say = stall_s, urls, say
         self._committed = time.monotonic()
         self._ended = threading.Event()
@@ -341,7 +356,9 @@ class StallWatch:
     def _watch(self) -> None:
         while not self._ended.wait(self._stall_s / 2):
             try:
-                held = ray.get(self._actor.look.remote(wedged_after_s=self._stall_s), timeout=2 * ASK_TIMEOUT_S)
+                held = ray.get(
+                    self._actor.look.remote(self._run, wedged_after_s=self._stall_s), timeout=2 * ASK_TIMEOUT_S
+                )
             except RayError as error:
                 held, lines = [], [f"the roster does not answer: {type(error).__name__}"]
             else:

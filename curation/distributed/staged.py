@@ -125,7 +125,7 @@ def _committed(parts: Iterable[Record], shards: Sequence[Shard], spec: EmbedSpec
     for shard in shards:
         if shard.number not in seen:
             continue
-        if verdict_of(spec.roster, shard.number).whole:
+        if verdict_of(spec.run, shard.number).whole:
             yield ray.get(ray.remote(num_cpus=0)(commit_set_aside).remote(spec, shard.number, shard.url))
         else:  # no way leads here; but a shard is never left out without a word
             yield {"shard": shard.number, "url": shard.url, "pending": "not all of its parts were embedded"}
@@ -150,7 +150,7 @@ def decode_shard(batch: dict[str, np.ndarray], *, spec: EmbedSpec) -> Iterator[p
     number, url = int(batch["number"][0]), str(batch["url"][0])
     decoder, image_size = _decoder(spec.model, spec.pretrained, spec.resize, spec.max_pixels)
     part = _PartMaker(number, url, image_size, rows_per_part=rows_per_part(image_size, spec.batch_size))
-    with bench(spec.roster).attempt("decode", number) as attempt:
+    with bench(spec.run).attempt("decode", number) as attempt:
         if attempt.is_set_aside:
             yield part.taken(end={"set_aside": True})
         else:
@@ -262,7 +262,7 @@ class PartEmbed:
         self._spec = spec
         self._embedder = BatchEmbedder(spec)
         self._model = threading.Lock()
-        self._bench = bench(spec.roster)
+        self._bench = bench(spec.run)
 
     def __call__(self, part: pa.Table) -> dict[str, list[str]]:
         """One part in, one row (record) out: the part's account as JSON."""

@@ -58,7 +58,10 @@ class Round:
     pool: str
     rng: random.Random
     process: subprocess.Popen[str] = field(init=False)
+    shards: int
     notes: list[str] = field(default_factory=list)
+    harmed: bool = False
+    """The run was alive when the harm came; some end before."""
 
     def start(self) -> subprocess.Popen[str]:
         """Give the command."""
@@ -103,17 +106,20 @@ class Round:
         folder = self.output / "manifest" / "embed"
         return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} if folder.exists() else {}
 
-    def wait_for_commits(self, count: int) -> None:
-        """Wait until so many pieces are committed, or the run ended."""
+    def wait_for_a_moment(self) -> None:
+        """Wait until some pieces are committed and some are not, or the run ended."""
+        count = self.rng.randint(1, max(1, self.shards // 2))
         while len(self.committed()) < count and self.process.poll() is None:
             time.sleep(0.02)
+        self.harmed = self.process.poll() is None
 
 
 def kill_an_actor(run: Round) -> None:
     """SIGKILL one of the embedding actors."""
     run.start()
-    run.wait_for_commits(run.rng.randint(1, 4))
+    run.wait_for_a_moment()
     actors = [pid for pid, command in _commands() if b"ShardEmbed" in command and _is_below(pid, os.getpid())]
+    run.harmed = run.harmed and bool(actors)
     if actors:
         os.kill(run.rng.choice(actors), signal.SIGKILL)
     run.ended()
@@ -122,7 +128,7 @@ def kill_an_actor(run: Round) -> None:
 def kill_the_driver(run: Round) -> None:
     """SIGKILL the job's own process."""
     run.start()
-    run.wait_for_commits(run.rng.randint(1, 6))
+    run.wait_for_a_moment()
     run.process.kill()
     run.ended()
 
@@ -130,7 +136,7 @@ def kill_the_driver(run: Round) -> None:
 def kill_a_node(run: Round) -> None:
     """SIGKILL a worker node, raylet and all; another joins."""
     run.start()
-    run.wait_for_commits(run.rng.randint(1, 6))
+    run.wait_for_a_moment()
     node = run.rng.choice(sorted(run.cluster.worker_nodes, key=lambda node: node.unique_id))
     run.cluster.remove_node(node, allow_graceful=False)
     add_node(run.cluster)
@@ -140,7 +146,7 @@ def kill_a_node(run: Round) -> None:
 def cut_a_node(run: Round) -> None:
     """Stop a raylet for longer than a heartbeat, then let it go on; Ray ends it then, and another joins."""
     run.start()
-    run.wait_for_commits(run.rng.randint(1, 6))
+    run.wait_for_a_moment()
     node = run.rng.choice(sorted(run.cluster.worker_nodes, key=lambda node: node.unique_id))
     raylet = node.all_processes["raylet"][0].process
     raylet.send_signal(signal.SIGSTOP)
@@ -154,7 +160,7 @@ def cut_a_node(run: Round) -> None:
 def kill_the_head(run: Round) -> None:
     """SIGKILL the head with the control store; the job ends, and is given again on a new cluster."""
     run.start()
-    run.wait_for_commits(run.rng.randint(1, 6))
+    run.wait_for_a_moment()
     assert run.cluster.head_node is not None
     run.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
     run.ended()
@@ -168,7 +174,8 @@ def fill_the_disk(run: Round) -> None:
     run.output.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(run.output)], check=True)
     run.start()
-    if run.ended() != FAILED:
+    run.harmed = run.ended() == FAILED
+    if not run.harmed:
         run.notes.append("a full disk did not fail the run")
     subprocess.run(["mount", "-o", f"remount,size={LARGE_DISK}", str(run.output)], check=True)
 
@@ -176,7 +183,7 @@ def fill_the_disk(run: Round) -> None:
 def start_twice(run: Round) -> None:
     """A second run on the same output, while the first runs."""
     first = run.start()
-    run.wait_for_commits(1)
+    run.wait_for_a_moment()
     if run.ended(run.start()) != IN_USE:
         run.notes.append("the second run was not refused")
     run.ended(first)
@@ -201,7 +208,8 @@ def benchmark(*, minutes: float, seed: int, tiny: bool, faults: list[str] | None
     with tempfile.TemporaryDirectory(prefix="curation-chaos-") as name, cluster_of_ours() as holder:
         samples = 300 if tiny else SAMPLES
         pool = make_pool(Path(name) / "pool", samples=samples, samples_per_shard=SAMPLES_PER_SHARD).shards
-        quiet = Round(Path(name) / "quiet", holder[0], pool, rng)
+        shards = -(-samples // SAMPLES_PER_SHARD)
+        quiet = Round(Path(name) / "quiet", holder[0], pool, rng, shards)
         quiet.start()
         if quiet.ended() != 0:
             raise RuntimeError(f"the run without harm failed: {quiet.notes}")
@@ -210,12 +218,16 @@ def benchmark(*, minutes: float, seed: int, tiny: bool, faults: list[str] | None
             for fault in rng.sample(chosen, len(chosen)):
                 if rounds and not tiny and time.monotonic() - begun > 60 * minutes:
                     break
-                run = Round(Path(name) / f"round-{len(rounds)}", holder[0], pool, rng)
+                run = Round(Path(name) / f"round-{len(rounds)}", holder[0], pool, rng, shards)
                 rounds.append(_round(fault, run, wanted))
                 holder[0] = run.cluster
                 print(json.dumps(rounds[-1]), flush=True)
     failed = [told for told in rounds if not told["passed"]]
-    print(f"{len(rounds)} rounds in {(time.monotonic() - begun) / 60:.1f} minutes, {len(failed)} failed")
+    harmed = sum(told["harmed"] for told in rounds)
+    print(
+        f"{len(rounds)} rounds in {(time.monotonic() - begun) / 60:.1f} minutes, {harmed} of them harmed in time, "
+        f"{len(failed)} failed"
+    )
     return {
         **provenance(),
         "benchmark": "chaos",
@@ -249,6 +261,7 @@ def _round(fault: str, run: Round, wanted: dict[str, str]) -> dict[str, Any]:
         "fault": fault,
         "seconds": time.monotonic() - begun,
         "committed_before_the_last_run": len(before),
+        "harmed": run.harmed,
         "exit": code,
         "identical": there == wanted,
         "nothing_redone": kept,

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from curation.distributed.embed import CALLS_AT_A_TIME
 from curation.distributed.resources import Placement, cluster
-from curation.distributed.roster import roster
+from curation.distributed.roster import enrolled
 from curation.distributed.shard_pool import records_of
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.sleepers import Sleeper, SleepSpec
@@ -63,7 +63,7 @@ def benchmark(*, actors: Sequence[int] | None, tiny: bool) -> dict[str, Any]:
 
 def _measured(actors: int, *, shards: int, forward_s: float) -> dict[str, Any]:
     """One pool of so many actors over so many shards."""
-    with tempfile.TemporaryDirectory(prefix="curation-scale-") as folder, roster() as name:
+    with tempfile.TemporaryDirectory(prefix="curation-scale-") as folder, enrolled() as name:
         spec = SleepSpec(str(Path(folder) / "out"), forward_s, forward_s * AHEAD_S / FORWARD_S, name)
         placement = Placement("cpu", "float32", actors, num_cpus=0.0, num_gpus=0.0)
         rows = [pa.table({"number": [number]}) for number in range(shards)]

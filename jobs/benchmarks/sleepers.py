@@ -24,14 +24,14 @@ class SleepSpec:
     """Seconds of the model for a shard."""
     ahead_s: float
     """Seconds of reading and decoding a shard, which the next shard does while the model serves this one."""
-    roster: str
+    run: str
 
 
 class Sleeper:
     """Commits shards as ShardEmbed does, two at a time of which one has the model, with sleep for all else."""
 
     def __init__(self, spec: SleepSpec):
-        self._spec, self._bench, self._model = spec, bench(spec.roster), threading.Lock()
+        self._spec, self._bench, self._model = spec, bench(spec.run), threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One row (number) in, one row (record) out: when the model was done with the shard."""

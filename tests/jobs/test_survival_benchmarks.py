@@ -58,7 +58,7 @@ def round_of(
     tmp_path: Path, *, code: int, fault: str, monkeypatch: pytest.MonkeyPatch, harm: str = ""
 ) -> dict[str, Any]:
     """A round whose runs are made up: each writes one table, and ends with `code`."""
-    run = chaos.Round(tmp_path / "out", cast(Any, None), "pool", chaos.random.Random(0))
+    run = chaos.Round(tmp_path / "out", cast(Any, None), "pool", chaos.random.Random(0), 3)
 
     def start() -> Any:
         (run.output / "samples").mkdir(parents=True, exist_ok=True)
