@@ -20,7 +20,7 @@ def unsafe(source: str) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN:
             yield f"{node.lineno}: imports from {node.module}"
         # Its errors may be named: weights_only raises them.
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in FORBIDDEN and node.attr in CODE_LOADERS:
+        if isinstance(node, ast.Attribute) and node.attr in CODE_LOADERS and ast.unparse(node.value) in FORBIDDEN:
             yield f"{node.lineno}: {ast.unparse(node)}"
         if isinstance(node, ast.Call) and (wanted := SAFE.get(ast.unparse(node.func))):
             name, value = wanted
