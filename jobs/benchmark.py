@@ -1,9 +1,11 @@
 """`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
-    alchemist  raters and Shift-Gsample on a pool with known junk, against loss alone, alignment and random
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
+    alchemist  raters and Shift-Gsample on a pool with known junk, against loss alone, alignment and random
+    chaos    faults at random moments on several raylets: is each table byte for byte that of a run without harm?
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
+    doctor   is this cluster fit for a long run? Pass or fail, and the fix for each
     dynamic  dynamic selection (our completion of 2603.04981) against InfoBatch, RCAP, RS2 and more, on frozen features
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
@@ -13,6 +15,7 @@
     online   Flexi-JEST, a scoring pool, distillation: quality against FLOPs, seconds and the weights' age
     plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
+    scale    jobs.curate with 1 to 64 actors that sleep for a model: weak and strong scaling
     select   JEST's selection against the dense algorithm; its share of the time that scoring takes
     subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
     subsets  what selection rules pick from pools whose junk is planted, judged on the picked rows themselves
@@ -33,8 +36,10 @@ from jobs.benchmarks import (
     ablate,
     alchemist,
     capacity,
+    chaos,
     decode,
     dedup,
+    doctor,
     dynamic,
     embed,
     feed,
@@ -45,6 +50,7 @@ from jobs.benchmarks import (
     online,
     plan,
     race,
+    scale,
     select,
     subsample,
     subsets,
@@ -76,8 +82,12 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
     ),
     "alchemist": lambda given: alchemist.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "chaos": lambda given: chaos.benchmark(
+        minutes=given.minutes, seed=given.seed, tiny=given.tiny, faults=given.faults
+    ),
     "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
     "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
+    "doctor": lambda given: doctor.benchmark(output=given.output, tiny=given.tiny),
     "dynamic": lambda given: dynamic.benchmark(
         seeds=given.seeds, tiny=given.tiny, folder=given.folder, hours=given.hours
     ),
@@ -89,6 +99,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "online": lambda given: online.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder, arms=given.arms),
     "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
     "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
+    "scale": lambda given: scale.benchmark(actors=given.actors, tiny=given.tiny),
     "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
     "subsets": lambda given: subsets.benchmark(tracks=given.tracks, tiny=given.tiny, folder=given.folder),
@@ -111,6 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("out/race"),
         help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
     )
+    parser.add_argument("--actors", type=int, nargs="+", help="scale: sizes of the pool (1 2 4 8 16 32 64)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="chaos: begin no round after so long (20)")
+    parser.add_argument("--seed", type=int, default=0, help="chaos: of its moments and order (0)")
+    parser.add_argument("--faults", nargs="+", choices=sorted(chaos.FAULTS), help="chaos: these only (all)")
+    parser.add_argument("--output", default="out/doctor", help="doctor: a folder or URL that every node can write")
     parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
     parser.add_argument("--arms", nargs="+", help="online: the arms to run (all)")
     parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")

@@ -79,6 +79,11 @@ class Progress(Watch):
             else:
                 log.say(line, done=self._done, total=self._total, images=self._images, seconds=round(seconds, 1))
 
+    def stalled(self, lines: list[str]) -> None:
+        """Say on whom the run waits."""
+        for line in lines:
+            log.say(f"warning: {line}", level=logging.WARNING)
+
     def stage(self, name: str) -> None:
         """Say which stage begins."""
         log.say(f"{name} ...", stage=name)

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from curation.data.redact import redacted
+
 RUN_ID_VARIABLE = "CURATION_RUN_ID"
 _ROOT = logging.getLogger("curation")
 _LOG = logging.getLogger("curation.job")
@@ -23,7 +25,7 @@ class _Stderr(logging.Handler):
     """Writes to what sys.stderr is now, not to what it was when the handler was made."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(redacted(self.format(record)), file=sys.stderr, flush=True)
 
 
 class JsonLines(logging.Formatter):

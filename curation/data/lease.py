@@ -45,7 +45,7 @@ class Lease:
             "host": socket.gethostname(),
             "process_space": _process_space(),
             "pid": os.getpid(),
-            "process_started": _process_started(os.getpid()),
+            "process_started": process_started(os.getpid()),
             "token": secrets.token_hex(8),
         }
         self._stop = threading.Event()
@@ -130,7 +130,7 @@ _FIELDS = {"host": str, "process_space": str, "pid": int, "process_started": str
 
 def _is_alive(holder: dict[str, Any], *, now: float) -> bool:
     if (holder["host"], holder["process_space"]) == (socket.gethostname(), _process_space()):
-        return _is_running(holder["pid"], holder["process_started"])
+        return is_running(holder["pid"], holder["process_started"])
     return now - holder["renewed"] < TTL_S
 
 
@@ -142,17 +142,18 @@ def _process_space() -> str:
         return ""
 
 
-def _is_running(pid: int, process_started: str) -> bool:
+def is_running(pid: int, started: str) -> bool:
+    """True if the process that began at that time is there, on this machine and in this container."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it runs, as another user
         pass
-    return _process_started(pid) in (process_started, "")
+    return process_started(pid) in (started, "")
 
 
-def _process_started(pid: int) -> str:
+def process_started(pid: int) -> str:
     """The kernel's start time of a process, so that a reused number is not taken for the holder; "" if it is untold."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -49,6 +49,8 @@ DROP_REASONS: dict[str, str] = {
     "caption:empty": "the caption is blank",
     # Raised by open_shard.py.
     "sample:excluded": "a list that is applied at read names the sample; nothing of it but uid, key and place is kept",
+    # Raised by attempts.py.
+    "sample:crashes_worker": "three workers died while they decoded it; as a shard's one row: in it, at no sample",
     # Raised by images.py.
     "image:unrecognized": "no allowed decoder recognises the bytes",
     "image:bad_header": "a decoder recognises the bytes, but not their header",
@@ -80,6 +82,7 @@ WARNINGS: dict[str, str] = {
     "image:not_plain_jpeg": "no plain JPEG: with resize fast, it was decoded and resized the exact way",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
     "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
+    "shard:set_aside": "three workers died in the shard and at none of its samples: nothing of it was embedded",
     "shard:absent": "a shard is named by the pattern, but is not there",
     "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
 }

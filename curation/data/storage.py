@@ -32,6 +32,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from curation.data import remote
+from curation.data.redact import PASSWORD, redacted
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 """What a folder means: all its files with the first suffix that one of them has (parquet beside tars is metadata)."""
@@ -244,6 +245,8 @@ def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
         return _DISK, os.path.abspath("/" + url.lstrip("/"))
     if "::" in url:
         raise ValueError(f"{url!r} holds '::', which joins the patterns of a pool; a single URL cannot have it")
+    if PASSWORD.search(url):  # a shard's URL is in its table, in logs, in the shard list
+        raise ValueError(f"{redacted(url)!r} holds a password: give it in the store's own configuration or environment")
     try:
         # A cached listing would hide what other processes have committed since.
         fs, path = url_to_fs(url, use_listings_cache=False)

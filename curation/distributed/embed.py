@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,11 +21,13 @@ import pyarrow as pa
 import torch
 
 from curation import addresses
-from curation.data import manifest, tables
+from curation.data import manifest, storage, tables
+from curation.data.attempts import CRASHES_WORKER
+from curation.data.open_shard import file_of, open_shard
 from curation.data.open_shard import fingerprint as fingerprint_of
-from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules
+from curation.data.shards import ReadRules, Sample, content_uid, shard_name
 from curation.distributed.decode import FELL_BACK, Decoded, ReadAhead, SampleDecoder
+from curation.distributed.roster import Attempt, bench
 from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
 
@@ -53,6 +55,8 @@ class EmbedSpec:
     staged: bool
     rules: ReadRules
     made_by: Mapping[str, Any]
+    run: str = ""
+    """The name under which the roster keeps this run's attempts at shards; "": nobody does."""
 
 
 class BatchEmbedder:
@@ -71,11 +75,13 @@ class BatchEmbedder:
         self.batch_size = self._wanted_batch_size = spec.batch_size
         """Halved for good when the GPU runs out of memory: rows are never lost, only slower."""
 
-    def embed(self, piece: Piece, rows: Iterator[Decoded]) -> None:
+    def embed(self, piece: Piece, rows: Iterator[Decoded], attempt: Attempt) -> None:
         """Take the rows into the piece, and embed those that are not dropped."""
         for batch in _batches(piece.received(rows), self._wanted_batch_size):
             begun = time.perf_counter()
-            piece.embedded(batch, *self._embedded(batch))
+            with attempt.forward():
+                embedded = self._embedded(batch)
+            piece.embedded(batch, *embedded)
             piece.seconds["forward"] += time.perf_counter() - begun
             piece.batch_ends.append((time.time(), len(batch)))
 
@@ -131,6 +137,7 @@ class ShardEmbed:
         towers = self._embedder.towers
         self._decode = SampleDecoder(towers.resize, towers.tokenize, how=spec.resize, max_pixels=spec.max_pixels)
         self._model = threading.Lock()
+        self._bench = bench(spec.run)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One row (number, url, fingerprint) in, one row (record) out: the piece's account as JSON.
@@ -141,12 +148,18 @@ class ShardEmbed:
         try:
             # A worker that died between its commit and its answer is retried: what it committed is not done again.
             record = manifest.find(self._spec.output, STAGE, number, made_by=self._spec.made_by)
-            record = record or self.commit(number, url, str(batch["fingerprint"][0]))
+            record = record or self._attempt(number, url, str(batch["fingerprint"][0]))
         except OSError as error:
             record = {"shard": number, "url": url, "pending": f"{type(error).__name__}: {error}"}
         return {"record": [json.dumps(record)]}
 
-    def commit(self, number: int, url: str, fingerprint: str) -> dict[str, Any]:
+    def _attempt(self, number: int, url: str, fingerprint: str) -> dict[str, Any]:
+        with self._bench.attempt("shard", number) as attempt:
+            if attempt.is_set_aside:
+                return set_aside(self._spec, number, url, self._embedder)
+            return self._commit(number, url, fingerprint, attempt)
+
+    def _commit(self, number: int, url: str, fingerprint: str, attempt: Attempt) -> dict[str, Any]:
         """Embed one shard, write its table and its manifest. OSError if it cannot be read, or changed meanwhile."""
         spec = self._spec
         piece = Piece(self._embedder.towers.embedding_dim)
@@ -154,15 +167,16 @@ class ShardEmbed:
         with (
             open_shard(url, spec.rules) as reader,
             ThreadPoolExecutor(spec.decode_threads, "decode") as pool,
-            ReadAhead(reader, pool, self._decode, ahead=ahead) as decoded,
+            ReadAhead(attempt.reading(reader), pool, noted(attempt, self._decode), ahead=ahead) as decoded,
             self._model,
         ):
-            self._embedder.embed(piece, iter(decoded))
+            self._embedder.embed(piece, iter(decoded), attempt)
         if fingerprint_of(url) != fingerprint:
             raise OSError(f"{url} changed while it was read")
 
         write_begun = time.perf_counter()
-        tables.write(spec.output, number, piece.table(number, url))
+        with attempt.write():
+            tables.write(spec.output, number, piece.table(number, url))
         piece.seconds["write"] = time.perf_counter() - write_begun
         record = {
             "shard": number,
@@ -177,6 +191,42 @@ class ShardEmbed:
         }
         manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
         return {**record, "batch_ends": piece.batch_ends}
+
+
+def noted(attempt: Attempt, decode: Callable[[Sample], Decoded]) -> Callable[[Sample], Decoded]:
+    """The decoder, each sample noted while it is decoded."""
+
+    def decode_noted(sample: Sample) -> Decoded:
+        if sample.reason is not None:  # nothing of it is decoded
+            return decode(sample)
+        with attempt.decode(sample.offset):
+            return decode(sample)
+
+    return decode_noted
+
+
+def set_aside(spec: EmbedSpec, number: int, url: str, embedder: BatchEmbedder) -> dict[str, Any]:
+    """Commit a shard that crashes workers at no known sample: one row, dropped; its record."""
+    uid = content_uid(shard_name(url).encode("utf-8", "backslashreplace"), "@0", image=b"", caption="")
+    sample = Sample(
+        row=0, offset=0, key="@0", uid=uid, image=None, caption=None, fields={}, sha256=None, reason=CRASHES_WORKER
+    )
+    piece = Piece(embedder.towers.embedding_dim)
+    assert next(piece.received(iter([Decoded(sample, CRASHES_WORKER)])), None) is None
+    tables.write(spec.output, number, piece.table(number, url))
+    record = {
+        "shard": number,
+        "url": url,
+        "fingerprint": fingerprint_of(url),
+        "sha256": storage.sha256_of(file_of(url)),
+        "bytes": int(fingerprint_of(url).partition(":")[0]),
+        **piece.account(),
+        "warnings": {"shard:set_aside": 1},
+        **embedder.facts(),
+        "seconds": piece.seconds,
+    }
+    manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
+    return {**record, "batch_ends": []}
 
 
 class Piece:

@@ -22,6 +22,7 @@ from curation.data import card, manifest, metadata, parquet_shards, shard_list, 
 from curation.data.lease import Lease
 from curation.data.open_shard import content_digest
 from curation.data.pieces import Pieces, Record
+from curation.data.redact import redacted, redacted_json
 from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
@@ -33,7 +34,8 @@ from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.guards import digest_of_lists, guards, lists_at_read
 from curation.distributed.made_columns import make_columns
 from curation.distributed.metrics import RunMetrics
-from curation.distributed.resources import Placement, cluster, cpus_wanted, place
+from curation.distributed.resources import Placement, cluster, cpus_wanted, place, wait_for_progress
+from curation.distributed.roster import StallWatch, enrolled
 from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
 from curation.distributed.stopping import Stop
@@ -43,6 +45,8 @@ from curation.models.clip import load_fast_resize, weights_digest
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000
+STALLS_UNTIL_THE_END = 7
+"""Times `stall_s` without progress after which Ray ends the run: three wedged workers in a row take up to 4.5."""
 
 
 class Plan(NamedTuple):
@@ -75,6 +79,9 @@ class Watch:
 
     def stage(self, name: str) -> None:
         """A stage begins."""
+
+    def stalled(self, lines: list[str]) -> None:
+        """Nothing is committed for a while, or a worker was replaced: on whom the run waits, a line each."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
     metrics = RunMetrics(recipe.output)
     metrics.actors(placement.actors)
     key = manifest.digest(spec.made_by)
-    with contextlib.closing(embed_shards(plan.todo, spec, placement)) as records:
+    with contextlib.closing(_watched(plan.todo, spec, placement, recipe.compute.stall_s, watch)) as records:
         for record in records:
             watch.committed(record)
             metrics.embedding(record)
@@ -209,6 +216,25 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
     shard_list.save(recipe.output, [_with_content(shard, pieces) for shard in plan.shards])
     pool = [shard.number for shard in plan.pool if shard.number in pieces]
     return _Embedded(pieces, pool, now, pending, seconds, spec, placement)
+
+
+def _watched(
+    todo: Sequence[Shard], spec: EmbedSpec | CachedSpec, placement: Placement, stall_s: float, watch: Watch
+) -> Generator[Record, None, None]:
+    """The records of `embed_shards`; workers' deaths are held against what they did, and stalls are told."""
+    if isinstance(spec, CachedSpec) or not todo:
+        yield from embed_shards(todo, spec, placement)
+        return
+    wait_for_progress(STALLS_UNTIL_THE_END * stall_s)
+    urls = {shard.number: shard.url for shard in todo}
+    with (
+        enrolled() as name,
+        StallWatch(name, stall_s=stall_s, urls=urls, say=watch.stalled) as stall_watch,
+        contextlib.closing(embed_shards(todo, dataclasses.replace(spec, run=name), placement)) as records,
+    ):
+        for record in records:
+            stall_watch.committed()
+            yield record
 
 
 def embed_shards(
@@ -281,7 +307,7 @@ def _embed_spec(recipe: CurateRecipe, placement: Placement) -> EmbedSpec | Cache
 def _save_recipe(recipe: CurateRecipe, spec: EmbedSpec | CachedSpec) -> None:
     whole = {
         "format_version": FORMAT_VERSION,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": redacted_json(recipe.model_dump(mode="json")),
         "embedded_by": dict(spec.made_by),
         "versions": versions.packages(),
         "code": versions.code(),
@@ -409,7 +435,7 @@ def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summar
     waterfall = [(count.name, count.rows_in, count.rows_out) for count in selected.counts]
     facts = card.CardFacts(
         recipe_name=recipe.name,
-        shards=recipe.pool.shards,
+        shards=redacted(recipe.pool.shards),
         read=summary.read,
         embedded=summary.embedded,
         dropped=summary.dropped,

@@ -109,6 +109,11 @@ def _quieten() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
+def wait_for_progress(seconds: float) -> None:
+    """End executions only after so long without progress, and not before NO_PROGRESS_TIMEOUT_S."""
+    DataContext.get_current().execution_no_progress_timeout_s = int(max(NO_PROGRESS_TIMEOUT_S, seconds))
+
+
 def _resources() -> dict[str, float]:
     """What the cluster has, in all its nodes."""
     return {name: float(value) for name, value in ray.cluster_resources().items()}

@@ -36,8 +36,9 @@ from curation.data.open_shard import fingerprint, open_shard
 from curation.data.shard_list import Shard
 from curation.data.shards import Sample
 from curation.distributed.decode import Decoded, ReadAhead, SampleDecoder
-from curation.distributed.embed import CALLS_AT_A_TIME, STAGE, BatchEmbedder, EmbedSpec, Piece
+from curation.distributed.embed import CALLS_AT_A_TIME, STAGE, BatchEmbedder, EmbedSpec, Piece, noted, set_aside
 from curation.distributed.resources import Placement
+from curation.distributed.roster import Attempt, bench, verdict_of
 from curation.models.clip import load_resize, load_tokenizer
 
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 64 << 20, 128 << 20
@@ -110,6 +111,8 @@ def _committed(parts: Iterable[Record], shards: Sequence[Shard], spec: EmbedSpec
             del seen[number]
             yield part
             continue
+        if "set_aside" in part:
+            continue  # told again below, from the roster
         seen[number][part["first"]] = part
         if covers_shard(seen[number]):
             whole = seen.pop(number)
@@ -120,7 +123,11 @@ def _committed(parts: Iterable[Record], shards: Sequence[Shard], spec: EmbedSpec
         yield from ray.get(done)
     yield from ray.get(running)
     for shard in shards:
-        if shard.number in seen:  # no way leads here; but a shard is never left out without a word
+        if shard.number not in seen:
+            continue
+        if verdict_of(spec.run, shard.number).whole:
+            yield ray.get(ray.remote(num_cpus=0)(commit_set_aside).remote(spec, shard.number, shard.url))
+        else:  # no way leads here; but a shard is never left out without a word
             yield {"shard": shard.number, "url": shard.url, "pending": "not all of its parts were embedded"}
 
 
@@ -143,20 +150,30 @@ def decode_shard(batch: dict[str, np.ndarray], *, spec: EmbedSpec) -> Iterator[p
     number, url = int(batch["number"][0]), str(batch["url"][0])
     decoder, image_size = _decoder(spec.model, spec.pretrained, spec.resize, spec.max_pixels)
     part = _PartMaker(number, url, image_size, rows_per_part=rows_per_part(image_size, spec.batch_size))
+    with bench(spec.run).attempt("decode", number) as attempt:
+        if attempt.is_set_aside:
+            yield part.taken(end={"set_aside": True})
+        else:
+            yield from _decoded_parts(part, decoder, url, str(batch["fingerprint"][0]), spec, attempt)
+
+
+def _decoded_parts(
+    part: _PartMaker, decoder: SampleDecoder, url: str, listed: str, spec: EmbedSpec, attempt: Attempt
+) -> Iterator[pa.Table]:
     try:
         with (
             open_shard(url, spec.rules) as reader,
             ThreadPoolExecutor(1, "decode") as pool,
-            ReadAhead(reader, pool, decoder, ahead=AHEAD_ROWS) as rows,
+            ReadAhead(attempt.reading(reader), pool, noted(attempt, decoder), ahead=AHEAD_ROWS) as rows,
         ):
             for row in rows:
                 if part.is_full:
                     yield part.taken(end=None)
                 part.add(row)
-        if fingerprint(url) != str(batch["fingerprint"][0]):
+        if fingerprint(url) != listed:
             raise OSError(f"{url} changed while it was read")
         end = {"sha256": reader.sha256, "bytes": reader.num_bytes, "warnings": dict(reader.warnings)}
-        yield part.taken(end={"fingerprint": str(batch["fingerprint"][0]), **end})
+        yield part.taken(end={"fingerprint": listed, **end})
     except OSError as error:
         yield part.taken(end={"pending": f"{type(error).__name__}: {error}"})
 
@@ -245,20 +262,25 @@ class PartEmbed:
         self._spec = spec
         self._embedder = BatchEmbedder(spec)
         self._model = threading.Lock()
+        self._bench = bench(spec.run)
 
     def __call__(self, part: pa.Table) -> dict[str, list[str]]:
         """One part in, one row (record) out: the part's account as JSON."""
         number, url = part["number"][0].as_py(), part["url"][0].as_py()
         end = json.loads(part["end"][0].as_py() or "null")
-        if end is not None and "pending" in end:
+        if end is not None and ("pending" in end or "set_aside" in end):
             return {"record": [json.dumps({"shard": number, "url": url, **end})]}
         rows = json.loads(part["rows"][0].as_py())
         piece = Piece(self._embedder.towers.embedding_dim)
-        with self._model:
-            self._embedder.embed(piece, self._decoded(part, rows))
-        begun = time.perf_counter()
         first = rows[0]["sample"]["row"] if rows else 0
-        _write_part(self._spec.output, number, first, piece.part_table(number, url, fields_column=FIELDS))
+        with self._bench.attempt(f"embed from row {first}", number) as attempt:
+            if attempt.is_set_aside:
+                return {"record": [json.dumps({"shard": number, "url": url, "set_aside": True})]}
+            with self._model:
+                self._embedder.embed(piece, self._decoded(part, rows), attempt)
+            begun = time.perf_counter()
+            with attempt.write():
+                _write_part(self._spec.output, number, first, piece.part_table(number, url, fields_column=FIELDS))
         piece.seconds["write"] = time.perf_counter() - begun
         record = {
             "shard": number,
@@ -304,6 +326,11 @@ def commit_shard(spec: EmbedSpec, parts: Sequence[Record]) -> Record:
     for part in parts:
         storage.delete(_part_url(spec.output, number, part["first"]))
     return {**record, "batch_ends": [end for part in parts for end in part["batch_ends"]]}
+
+
+def commit_set_aside(spec: EmbedSpec, number: int, url: str) -> Record:
+    """Commit a shard that crashes workers at no known sample; its record. A task that loads the model for its facts."""
+    return set_aside(spec, number, url, BatchEmbedder(dataclasses.replace(spec, device="cpu", precision="float32")))
 
 
 def _values(table: pa.Table, name: str) -> Any:

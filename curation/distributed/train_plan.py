@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS, RUN_VALUES
 from curation.data import manifest, offered, shard_list, storage, tables
 from curation.data.offered import OfferedShard
+from curation.data.redact import redacted_json
 from curation.data.shards import ReadRules
 from curation.distributed import versions
 from curation.distributed.embed import STAGE as EMBED_STAGE
@@ -235,7 +236,7 @@ def commit_to(recipe: TrainRecipe, plan: TrainPlan) -> None:
     offered.save(pool_url(recipe), plan.shards)
     whole = {
         "format_version": FORMAT_VERSION,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": redacted_json(recipe.model_dump(mode="json")),
         "identity": plan.identity,
         "versions": versions.packages(),
         "code": versions.code(),

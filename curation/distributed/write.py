@@ -21,6 +21,7 @@ from curation.columns import SELECTED_SCHEMA
 from curation.data import manifest, storage
 from curation.data.embeddings_folder import part_names, remove_part, write_part
 from curation.data.pieces import Pieces
+from curation.data.redact import redacted_json
 from curation.data.shards import ReadRules
 from curation.data.tables import Rechunk, rechunked
 from curation.data.uid_sort import UidSort
@@ -61,7 +62,7 @@ def write_selection(recipe: CurateRecipe, numbers: Sequence[int], selected: Sele
     if recipe.write.tars:
         shards = storage.join(recipe.output, "shards")
         storage.copy(storage.join(folder, "subset.npy"), storage.join(shards, "sample_ids.npy"))
-        arguments = recipe.model_dump(mode="json", exclude={"output", "compute"})
+        arguments = redacted_json(recipe.model_dump(mode="json", exclude={"output", "compute"}))
         write_index(shards, sizes, arguments=arguments, num_read=num_read)
     return Written(_most_common(licences), sizes)
 

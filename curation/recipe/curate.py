@@ -71,6 +71,9 @@ class Compute(Part):
     """Threads per actor that decode and tokenise ahead of the model; in staged mode, each task has one."""
     torch_threads: int = Field(default=1, gt=0)
     """CPU threads per actor for the model itself; CPUs that a CPU actor takes."""
+    stall_s: float = Field(default=300.0, gt=0)
+    """Without a commit for so long, the run says on whom it waits; a worker that is as long at one sample, one batch or
+    one read is replaced. Several times the slowest batch."""
     wait_for_nodes_s: float = Field(default=0.0, ge=0)
     """On a cluster that grows: ask its autoscaler for what the run needs, and wait so long for it, before it is an
     error that the cluster has too little."""

@@ -18,6 +18,7 @@ from PIL import Image
 
 from curation.addresses import row_of, shard_of
 from curation.data import images, open_shard, parquet_shards, storage, tables
+from curation.data.attempts import CRASHES_WORKER
 from curation.data.images import ImageError
 from curation.data.shards import ReadRules, read_sample_members, split_name
 
@@ -95,6 +96,8 @@ def _number(value: Any) -> float | None:
 
 def _thumbnail(row: Mapping[str, Any], rules: ReadRules, max_pixels: int) -> tuple[str | None, str | None]:
     """A data: URI, or why there is none."""
+    if row["reason"] == CRASHES_WORKER:
+        return None, "not decoded: it crashes whoever does"
     try:
         with storage.open_read(open_shard.file_of(row["shard"])) as raw:
             data = _image_of(raw, row, rules)

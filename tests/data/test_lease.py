@@ -58,7 +58,7 @@ def store(output, **changes):
         "host": socket.gethostname(),
         "process_space": lease._process_space(),
         "pid": os.getpid(),
-        "process_started": lease._process_started(os.getpid()),
+        "process_started": lease.process_started(os.getpid()),
         "token": "another",
         "renewed": time.time(),
     }
@@ -135,7 +135,7 @@ class TestDeadOrAlive:
             pass
         other_process.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while lease._process_started(other_process.pid) != "dead" and time.monotonic() < deadline:
+        while lease.process_started(other_process.pid) != "dead" and time.monotonic() < deadline:
             time.sleep(0.01)
         assert is_free(str(tmp_path)), "a zombie, whose parent has not waited for it yet, still holds the lease"
 
@@ -155,7 +155,7 @@ class TestDeadOrAlive:
             raise PermissionError
 
         monkeypatch.setattr(os, "kill", forbidden)
-        monkeypatch.setattr(lease, "_process_started", lambda pid: "")
+        monkeypatch.setattr(lease, "process_started", lambda pid: "")
         store(output, pid=4_000_000)
         assert not is_free(output)
 
@@ -174,8 +174,8 @@ class TestDeadOrAlive:
 
         monkeypatch.setattr(Path, "read_text", absent)
         assert lease._process_space() == ""
-        assert lease._process_started(os.getpid()) == ""
-        assert lease._is_running(os.getpid(), "whatever")
+        assert lease.process_started(os.getpid()) == ""
+        assert lease.is_running(os.getpid(), "whatever")
 
     @pytest.mark.parametrize(
         "text", ["", "{half", "[]", "null", "{}", '{"pid": 1}', '{"host": "a", "pid": "x"}', "\xff"]

@@ -62,3 +62,12 @@ def test_a_jobs_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_limit_that_is_none_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert curate.main(["debug", "--max-hours", "0", "--pool.shards", "x", "--output", "y"]) == 2
     assert "--max-hours must be more than 0" in capsys.readouterr().err
+
+
+def test_no_line_tells_a_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
+    for as_json in (False, True):
+        log.configure(as_json=as_json)
+        log.say("asked with 0123456789abcdef", url="https://h/a.tar?sig=5ecret", token="0123456789abcdef")
+        said = capsys.readouterr().err
+        assert "0123456789abcdef" not in said and "5ecret" not in said and "***" in said

@@ -10,6 +10,7 @@ from PIL import Image
 
 from curation.data import tables
 from curation.data.shards import ReadRules
+from curation.report import thumbnails
 from curation.report.thumbnails import SIDE, Sample, encode, samples
 from tests.report.conftest import Row, picture
 
@@ -79,3 +80,9 @@ def test_transparency_stays_and_all_else_is_rgb(mode, comes_as) -> None:
     if mode == "RGBA":
         image.putpixel((0, 0), (255, 0, 0, 128))
     assert opened(encode(image)).mode == comes_as
+
+
+def test_what_crashed_workers_is_not_decoded_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thumbnails.storage, "open_read", lambda url: pytest.fail("it was opened"))
+    row = {"reason": "sample:crashes_worker", "shard": "a.tar"}
+    assert thumbnails._thumbnail(row, ReadRules(), 1 << 20) == (None, "not decoded: it crashes whoever does")
