@@ -164,7 +164,7 @@ class Roster:
 def _ask(worker: Worker, *, wedged_after_s: float | None) -> ray.ObjectRef | None:
     """A look at the worker, by its node; None if that node is being taken."""
     # No public call tells it; Ray Train asks here, too.
-    draining = ray._private.state.state.get_draining_nodes()  # pyright: ignore[reportAttributeAccessIssue]
+    draining = ray._private.state.state.get_draining_nodes()  # pyright: ignore
     return None if worker.node in draining else _task(look_at, worker).remote(worker, wedged_after_s)
 
 
@@ -324,7 +324,8 @@ def enrolled() -> Iterator[str]:
 
 def verdict_of(run: str, shard: int) -> Verdict:
     """What the roster knows of a run's shard."""
-    return ray.get(ray.get_actor(NAME).verdict.remote(run, shard)) if run else Verdict()
+    told: Any = ray.get(ray.get_actor(NAME).verdict.remote(run, shard)) if run else Verdict()
+    return told
 
 
 class StallWatch:

@@ -225,7 +225,7 @@ def _pixels(model: str, *, given: str | None) -> Frozen:
 
     def embed(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         cut = pixels.reshape(len(pixels), side // PATCH, PATCH, side // PATCH, PATCH, 3).swapaxes(2, 3)
-        return cut.reshape(len(pixels), side * side * 3).astype(np.float32) / 255
+        return cut.reshape(len(pixels), side * side * 3).astype(np.float32) / np.float32(255)
 
     return Frozen(resize, embed)
 

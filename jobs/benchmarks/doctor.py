@@ -93,8 +93,8 @@ def of_nodes(nodes: list[dict[str, Any]], folder: str, *, mib: int) -> Iterator[
     }
     for name, (facts_ref, gpu_ref) in asked.items():
         try:
-            facts = ray.get(facts_ref, timeout=NODE_LIMIT_S)
-            gpu = None if gpu_ref is None else ray.get(gpu_ref, timeout=NODE_LIMIT_S)
+            facts: Any = ray.get(facts_ref, timeout=NODE_LIMIT_S)
+            gpu: Any = None if gpu_ref is None else ray.get(gpu_ref, timeout=NODE_LIMIT_S)
         except RayError as error:
             why = str(error).strip().splitlines()[-1:]
             yield Check(
@@ -189,11 +189,11 @@ def gpu_tflops(*, side: int = 8192, repeats: int = 20) -> float:
 
     a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
     for _ in range(3):
-        a @ a
+        torch.mm(a, a)
     torch.cuda.synchronize()
     begun = time.perf_counter()
     for _ in range(repeats):
-        a @ a
+        torch.mm(a, a)
     torch.cuda.synchronize()
     return 2 * side**3 * repeats / (time.perf_counter() - begun) / 1e12
 
@@ -244,7 +244,7 @@ def all_gather(nodes: list[dict[str, Any]], *, mib: int) -> Iterator[Check]:
     """What training does in every step: one rank for each GPU, else one for each node, at least two."""
     gpus = [node for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)))]
     places = gpus if len(gpus) > 1 else (nodes * 2)[: max(2, len(nodes))]
-    ranks = [
+    ranks: list[Any] = [
         ray.remote(Rank)
         .options(
             num_cpus=0,

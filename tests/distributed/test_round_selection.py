@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +123,7 @@ def test_a_round_follows_usage_and_says_when_its_promise_is_broken(run: Path, tm
     feed._choose(0, 0, last_round_step=0)
     # With one use costing a whole rank, the 57 unused rows come first.
     assert not set(chosen(feed)) & set(addresses[:40])
-    broken = feed_of(run, tmp_path / "broken", method, {addresses[0]: {"usage_count": 9.0}})
+    broken = feed_of(run, tmp_path / "broken", method, cast(Any, {addresses[0]: {"usage_count": 9.0}}))
     with pytest.raises(UsageBroken, match="used 0 to 9 times; the method promises a difference of at most 2"):
         broken._choose(0, 0, last_round_step=0)
 
