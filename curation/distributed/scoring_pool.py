@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import heapq
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -40,6 +41,8 @@ from curation.training.step import NotFinite
 
 HELD_BLOCKS = 2
 """Super-batches that a scorer holds: one that it scores, and one that it has read ahead."""
+WAIT_TOLD_S = 60.0
+"""A worker that has waited so long says so."""
 DEATHS_IN_A_ROW = 5
 """So often may a place's scorers die without serving anything, before the run hears of it."""
 
@@ -161,7 +164,9 @@ class ScoringPool:
         self._weights: dict[int, Any] = {}
         self._at: list[int] = []
         """The step that each worker asked for last."""
-        self.deaths = 0
+        self._there: set[int] = set()
+        """Places whose scorer has answered."""
+        self._deaths = 0
 
     async def begin(self, first_step: int, world_size: int) -> None:
         """A worker group begins at a step; all that an earlier one wanted is forgotten."""
@@ -196,9 +201,9 @@ class ScoringPool:
             facts, *parts = self._served[step]
         return facts, [parts[rank]] if parts else []
 
-    async def state(self) -> dict[str, Any]:
-        """How many scorers died, and which weights are held."""
-        return {"deaths": self.deaths, "versions": sorted(self._weights), "served": sorted(self._served)}
+    async def state(self) -> dict[str, int]:
+        """How many scorers there may be, how many are there, and how many have died."""
+        return {"places": len(self._scorers), "scorers": len(self._there), "deaths": self._deaths}
 
     async def _place(self, index: int) -> None:
         """One scorer at a time, for as long as workers ask."""
@@ -209,10 +214,12 @@ class ScoringPool:
             scorer, claimed, before = self._scorers[index], set(), len(self._served)
             try:
                 await scorer.begin.remote()
+                self._there.add(index)
                 await self._work(scorer, claimed)
             except RayActorError as error:
                 self._scorers[index] = None
-                self.deaths += 1
+                self._there.discard(index)
+                self._deaths += 1
                 deaths = 0 if len(self._served) > before else deaths + 1
                 async with self._changed:
                     for step in claimed:
@@ -326,7 +333,7 @@ class PoolScoring:
         rank = ranks().rank
         for number in steps:
             begun = time.perf_counter()
-            facts, part = ray.get(self._pool.take.remote(number, rank))
+            facts, part = self._taken(number, rank)
             if failed := facts.get("failed"):
                 error = NotFinite(failed["why"], rows=failed["rows"])
                 error.addresses = failed["addresses"]
@@ -334,6 +341,19 @@ class PoolScoring:
             served: Any = ray.get(part[0])
             waited = time.perf_counter() - begun
             yield self._as_ready(number, facts, served)._replace(noted={"seconds_wait": waited, **facts["noted"]})
+
+    def _taken(self, number: int, rank: int) -> tuple[Any, list[Any]]:
+        """What the pool gives of a step; says so where that takes long."""
+        asked = self._pool.take.remote(number, rank)
+        while not ray.wait([asked], timeout=WAIT_TOLD_S)[0]:
+            state: Any = ray.get(self._pool.state.remote())
+            warnings.warn(
+                f"step {number} waits for the scoring pool: {state['scorers']} of its {state['places']} scorers are "
+                f"there (do they find a GPU, or on CPUs a CPU?), {state['deaths']} have died",
+                stacklevel=1,
+            )
+        told: Any = ray.get(asked)
+        return told
 
     def trained(self, done: int) -> None:
         """Publish, if it is time."""
