@@ -138,7 +138,8 @@ def _write_verdict(folder: str, num_runs: int, groups: Sequence[list[int]], *, n
     num_shards = 1 + max((group[-1] for group in groups), default=-1)
 
     def read(place: int) -> tuple[np.ndarray, np.ndarray]:
-        kept = np.load(io.BytesIO(storage.read_bytes(storage.join(folder, "kept", f"{place:08d}.npy"))))
+        part = storage.read_bytes(storage.join(folder, "kept", f"{place:08d}.npy"))
+        kept = np.load(io.BytesIO(part), allow_pickle=False)
         words = np.stack([kept["address"].astype(np.uint64), kept["score"].view(np.uint32).astype(np.uint64)], axis=1)
         return words, kept["address"]
 

@@ -105,9 +105,11 @@ def checked_factors(recipe: FactorsRecipe) -> FactorsRecipe:
 
 
 def check_report(recipe: FactorsRecipe, report: Mapping[str, Any]) -> None:
-    """FactorsRefused that tells the figures, if they miss the recipe's marks."""
+    """FactorsRefused that tells the figures, if an autoencoder's miss the recipe's marks; no other encoder learns."""
     explained, dead = report["explained_variance"], report["dead_share"]
-    if explained is not None and explained < recipe.min_explained:
+    if explained is None:
+        return
+    if explained < recipe.min_explained:
         raise FactorsRefused(
             f"the factors explain {explained:.3f} of the features' variance, wanted {recipe.min_explained}: train "
             "longer (--epochs), with more units (--units-per-feature) or more of them a row (--num-active)"

@@ -295,31 +295,39 @@ class Attempt:
 
 # Beside the driver.
 
-_actor: Any = None
-"""Keeps the actor: Ray ends one that nobody holds."""
+_actors: dict[str, Any] = {}
+"""By the driver's node: the handle that was got when the actor was made. Ray ends an actor when that one is gone, though
+others, got by its name, may still be there. A new Ray has new nodes."""
 
 
 @contextlib.contextmanager
 def enrolled() -> Iterator[str]:
     """The name of a run that the roster keeps. Its actor is on the driver's node, and is gone with the driver."""
-    global _actor
-    run = secrets.token_hex(8)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    made = ray.remote(Roster).options(
-        name=NAME,
-        get_if_exists=True,  # to start one for each run of many short ones would cost more than they do
-        num_cpus=0,
-        max_concurrency=CALLERS,
-        max_restarts=-1,  # a roster that lost its memory counts from nothing; the run goes on
-        max_task_retries=-1,
-        scheduling_strategy=here,
-    )
-    _actor = made.remote()
+    run, node = secrets.token_hex(8), ray.get_runtime_context().get_node_id()
+    if node not in _actors:  # to start one for each run of many short ones would cost more than they do
+        _actors.clear()
+        _actors[node] = _started(node)
     try:
         yield run
     finally:
         with contextlib.suppress(RayError):
-            ray.get(_actor.forget.remote(run), timeout=10)
+            ray.get(_actors[node].forget.remote(run), timeout=10)
+
+
+def _started(node: str) -> Any:
+    return (
+        ray.remote(Roster)
+        .options(
+            name=NAME,
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=CALLERS,
+            max_restarts=-1,  # a roster that lost its memory counts from nothing; the run goes on
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        .remote()
+    )
 
 
 def verdict_of(run: str, shard: int) -> Verdict:

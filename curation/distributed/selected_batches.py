@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, cast
 import ray
 import torch
 import torch.distributed as dist
-from ray import cloudpickle as _cloudpickle
 from torch import Tensor, nn
 
 from curation.columns import LEDGER_COLUMNS
@@ -43,8 +42,6 @@ from curation.distributed.train_plan import checked, commit_to, resolved
 from curation.recipe import TrainRecipe
 from curation.training.collectives import ranks
 from curation.training.picking import Picker
-
-cloudpickle: Any = _cloudpickle  # it says nothing of its types
 
 
 class SelectedBatch(NamedTuple):
@@ -168,21 +165,21 @@ class SelectedBatches:
 
     def _begin(self, recipe: TrainRecipe) -> LoopSpec:
         """Check, commit and start everything on rank 0; the others join its Ray. Errors of rank 0 are everyone's."""
-        told: list[Any] = [None, None, None]
+        spec, address, error = None, "", None
         if self._rank == 0:
             try:
-                spec = self._start(recipe)
-                told = [cloudpickle.dumps(spec), _ray_address(), os.environ.get("RAY_AUTH_TOKEN")]
-            except (ValueError, RuntimeError, OSError) as error:
+                spec, address = self._start(recipe), ray.get_runtime_context().gcs_address
+            except (ValueError, RuntimeError, OSError) as raised:
                 self._held.close()
-                told[0] = error
-        if self._world_size > 1:
-            dist.broadcast_object_list(told)
-        if isinstance(told[0], Exception):
-            raise told[0]
+                error = raised
+        address, token, error = _from_rank_0(address, os.environ.get("RAY_AUTH_TOKEN"), error)
+        if error is not None:
+            raise error
         if self._rank:
-            self._join(told[1], told[2])
-        return cloudpickle.loads(told[0])
+            self._join(address, token)
+        # Handles of actors mean something to those alone who have joined.
+        [spec] = _from_rank_0(spec)
+        return spec
 
     def _start(self, recipe: TrainRecipe) -> LoopSpec:
         recipe = resolved(recipe)
@@ -251,5 +248,9 @@ class OpenClipData:
             yield batch.images, batch.texts
 
 
-def _ray_address() -> str:
-    return ray.get_runtime_context().gcs_address
+def _from_rank_0(*values: Any) -> list[Any]:
+    """Rank 0's values, on every rank."""
+    told = list(values)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told
