@@ -296,8 +296,8 @@ class Attempt:
 # Beside the driver.
 
 _actors: dict[str, Any] = {}
-"""By the driver's node: the handle that was got when the actor was made. Ray ends an actor when that one is gone, though
-others, got by its name, may still be there. A new Ray has new nodes."""
+"""By the driver's node: the handle that was got when the actor was made. Ray ends an actor when that one is gone, even
+if others, got by its name, are still there. A new Ray has new nodes."""
 
 
 @contextlib.contextmanager
