@@ -32,10 +32,11 @@ from curation.data.lease import Lease
 from curation.data.step_log import Row
 from curation.distributed.checkpoint import tag_of
 from curation.distributed.learners import build_learner
+from curation.distributed.pool_scoring import PoolScoring
 from curation.distributed.ready_batches import LoopSpec, OwnScoring, Ready, ReadyBatches
 from curation.distributed.resources import cluster
 from curation.distributed.run_ledger import RunLedger, barrier
-from curation.distributed.scoring_pool import PoolScoring, close_pool
+from curation.distributed.scoring_pool import close_pool
 from curation.distributed.step_notes import StepNotes
 from curation.distributed.train import loop_spec, settings_of
 from curation.distributed.train_plan import checked, commit_to, resolved

@@ -29,10 +29,10 @@ from curation.distributed.checkpoint import Position, tag_of
 from curation.distributed.learners import build_learner, load_evaluation
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.notices import Notice, Notices
+from curation.distributed.pool_scoring import PoolScoring
 from curation.distributed.ready_batches import LoopSpec, OwnScoring, Ready, ReadyBatches
 from curation.distributed.round_selection import RoundFeed
 from curation.distributed.run_ledger import RunLedger, barrier
-from curation.distributed.scoring_pool import PoolScoring
 from curation.distributed.step_notes import StepNotes
 from curation.recipe import TrainRecipe
 from curation.selector import Rows

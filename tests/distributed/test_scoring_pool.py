@@ -17,7 +17,7 @@ import torch
 
 from curation.data.score_log import read_steps
 from curation.distributed.ready_batches import Ready
-from curation.distributed.scoring_pool import part_of
+from curation.distributed.scorer import part_of
 from curation.distributed.train import train
 from curation.recipe import TrainRecipe
 from curation.recipe.train import Data, LowResolution, Remember, Train, Weights, Workers
