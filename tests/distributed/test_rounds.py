@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_with_the_rounds_of_one_never_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["infobatch", "rcap", "ucb"])
+@pytest.mark.parametrize("name", ["infobatch", "ucb"])
 def test_the_rivals_choose_rounds_for_a_classifier(
     recipe_for: Callable[..., TrainRecipe], run: Path, tmp_path: Path, name: str
 ) -> None:
