@@ -27,7 +27,7 @@ import pytest
 
 from curation.distributed.metrics import METRICS, exported
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROOT = Path(__file__).parents[2]
 SHARDS, SAMPLES, STEPS = 8, 60, 400
