@@ -107,9 +107,15 @@ def open_read(url: str) -> BinaryIO:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file. FileNotFoundError if there is none."""
-    with open_read(url) as file:
-        return file.read()
+    """The whole file; one that is replaced meanwhile is read anew. FileNotFoundError if there is none."""
+    for is_last in [False] * (remote.ATTEMPTS - 1) + [True]:
+        try:
+            with open_read(url) as file:
+                return file.read()
+        except remote.ChangedWhileRead:
+            if is_last:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def read_range(url: str, start: int, stop: int | None) -> bytes:

@@ -118,13 +118,10 @@ class HeadScores:
 
     def make(self, table: pa.Table) -> dict[str, pa.Array]:
         """The head's score of each row that has the embedding."""
-        has_value = table[self.column].is_valid().to_numpy()
-        rows = table.filter(pa.array(has_value))
+        vectors_MD, has_value = stored_columns.vectors_of(table, self.column)
         scores = np.zeros(0, np.float32)
-        if rows.num_rows:
-            scores = _head(self.checkpoint, self.layout, self.digest)(
-                tables.as_array(rows[self.column], name=self.column)
-            )
+        if len(vectors_MD):
+            scores = _head(self.checkpoint, self.layout, self.digest)(vectors_MD)
         return {"score": stored_columns.aligned(pa.array(scores, pa.float32()), has_value)}
 
 
@@ -151,12 +148,9 @@ class NearestCluster:
 
     def make(self, table: pa.Table) -> dict[str, pa.Array]:
         """The cluster of each row that has the embedding."""
-        has_value = table[self.column].is_valid().to_numpy()
-        rows = table.filter(pa.array(has_value))
+        vectors_MD, has_value = stored_columns.vectors_of(table, self.column)
         centroids_KD, target_rows_K = _centroids(self.folder)
-        clusters = np.zeros(0, np.int32)
-        if rows.num_rows:
-            clusters = nearest(tables.as_array(rows[self.column], name=self.column), centroids_KD)
+        clusters = nearest(vectors_MD, centroids_KD) if len(vectors_MD) else np.zeros(0, np.int32)
         columns = {"cluster": pa.array(clusters, pa.int32())}
         if self.has_target:
             columns["target_rows"] = pa.array(target_rows_K[clusters], pa.int64())

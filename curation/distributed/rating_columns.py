@@ -63,13 +63,11 @@ class Ratings:
 
     def make(self, table: pa.Table) -> dict[str, pa.Array]:
         """The rating of each row that has the features."""
-        has_value = table[self.column].is_valid().to_numpy()
-        rows = table.filter(pa.array(has_value))
-        seen = tables.as_array(rows[self.column], name=self.column) if rows.num_rows else np.zeros((0, 1), np.float16)
+        seen_MF, has_value = stored_columns.vectors_of(table, self.column)
         rater = _rater(self.folder, self.digest)
-        made = {"logit": ratings_of(rater, seen) if len(seen) else np.zeros(0, np.float32)}
+        made = {"logit": ratings_of(rater, seen_MF) if len(seen_MF) else np.zeros(0, np.float32)}
         if self.with_released:
-            parts = [seen[at : at + RELEASED_BATCH] for at in range(0, len(seen), RELEASED_BATCH)]
+            parts = [seen_MF[at : at + RELEASED_BATCH] for at in range(0, len(seen_MF), RELEASED_BATCH)]
             told = [rater.rate_as_released(torch.from_numpy(np.array(part))).detach().numpy() for part in parts]
             made["released"] = np.concatenate([np.zeros(0, np.float32), *told])
         return {

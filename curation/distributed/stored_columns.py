@@ -65,6 +65,12 @@ def make(output: str, samples: Mapping[int, Record], numbers: Sequence[int], mak
     return sum(map(len, todo))
 
 
+def vectors_of(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (m, D) float16 of the rows that have one, and which rows these are, (n,) bool."""
+    has_value = table[column].is_valid().to_numpy()
+    return tables.as_array(table[column].filter(pa.array(has_value)), name=column), has_value
+
+
 def aligned(values_M: pa.Array, has_value: np.ndarray) -> pa.Array:
     """Values (m,) of the rows that have one, null elsewhere; has_value (n,) bool, m of them true."""
     places = pa.array(np.cumsum(has_value) - 1, mask=~has_value)

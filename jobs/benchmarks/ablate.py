@@ -7,7 +7,8 @@ reference and filter ratio; and does a reference that learnt from few clean pair
 pool, or training on those few pairs alone: whole runs, over seeds, with paired differences.
 
 Learnability is normalised as in the paper's Figure 2: over chunks, one chunk is 0 and 32 are 1; over filter ratios, no
-selection is 0 and 0.5 is 1.
+selection is 0 and 0.5 is 1. Filter ratios differ in the super-batch and agree in the sub-batch, as the paper's do: a
+row's loss is a sum over its sub-batch, so learnability grows with that alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CHUNKS = (1, 2, 4, 8, 16, 32)
 FILTER_RATIOS = (0.5, 0.8, 0.9)
 DRAWS = 20
 SUPER_BATCH = 5_120
+SHARE = 0.1
+"""Of it, the sub-batch that filter ratios are compared at."""
 WEAK_REFERENCE = "reference_of_the_pool"
 
 
@@ -67,7 +70,8 @@ REFERENCE_ARMS = {
     "joint, reference of the whole pool": Arm({"name": "jest"}, reference=WEAK_REFERENCE),
     "uniform, on the reference's pairs": Arm({"name": "uniform"}, is_on_clean_pairs=True),
 }
-RUNS = {0.8: {**ARMS, **REFERENCE_ARMS}, 0.9: ARMS}
+JOINT_OR_NOT = ("joint", "independent, top", "independent, sampled", "uniform")
+RUNS = {0.8: {**ARMS, **REFERENCE_ARMS}, 0.9: {name: ARMS[name] for name in JOINT_OR_NOT}}
 """By filter ratio; `joint` comes first, all others are held against it."""
 TINY_RUNS = {0.8: {name: {**ARMS, **REFERENCE_ARMS}[name] for name in ("joint", "uniform", *REFERENCE_ARMS)}}
 
@@ -103,9 +107,9 @@ def _rows_in_mid_run(on: Track, folder: Path, *, num_steps: int) -> Rows:
     if failures := add_columns(embeddings).failures:
         raise RuntimeError(failures[0])
     return {
-        name: value[:SUPER_BATCH] if value.ndim else value
+        name: value
         for prefix, piece in (("", column), ("reference_", REFERENCE))
-        for name, value in _columns(run, piece, prefix=prefix).items()
+        for name, value in _first(_columns(run, piece, prefix=prefix), SUPER_BATCH).items()
     }
 
 
@@ -134,21 +138,26 @@ def _sets(rows: Rows, *, draws: int) -> dict[str, Any]:
     """Learnability of chosen sets: mean and standard deviation over draws."""
     n = len(rows["image_embedding"])
 
-    def learnability(num_chunks: int, filter_ratio: float) -> list[float]:
-        jest, keep = Jest(num_chunks=num_chunks), round(n * (1 - filter_ratio))
+    def learnability(keep: int, *, out_of: int = n, num_chunks: int = 16) -> list[float]:
+        jest, offered = Jest(num_chunks=num_chunks), _first(rows, out_of)
         seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-        return [jest.set_score(rows, jest.select(rows, keep, 0.5, rng).indices) for rng in seeds]
+        return [jest.set_score(offered, jest.select(offered, keep, 0.5, rng).indices) for rng in seeds]
 
-    jest, keep = Jest(), round(n * 0.2)
+    def at_random(keep: int) -> float:
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+        return statistics.fmean(jest.set_score(rows, torch.randperm(n, generator=rng)[:keep]) for rng in seeds)
+
+    jest, keep, sub_batch = Jest(), round(n * 0.2), round(n * SHARE)
     alone = jest.score(rows, 0.5)
-    at_random = [torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:keep] for seed in range(draws)]
     best_alone = alone.topk(keep).indices
-    by_chunks = {chunks: learnability(chunks, 0.8) for chunks in CHUNKS}
-    by_ratio = {ratio: learnability(16, ratio) for ratio in FILTER_RATIOS}
-    nothing = statistics.fmean(jest.set_score(rows, chosen) for chosen in at_random)
+    by_chunks = {chunks: learnability(keep, num_chunks=chunks) for chunks in CHUNKS}
     means = {chunks: statistics.fmean(values) for chunks, values in by_chunks.items()}
-    ratios = {ratio: statistics.fmean(values) for ratio, values in by_ratio.items()}
-    half = jest.select(rows, round(n * 0.1), 0.5, torch.Generator().manual_seed(0)).indices
+    by_ratio = {
+        ratio: statistics.fmean(learnability(sub_batch, out_of=round(sub_batch / (1 - ratio))))
+        for ratio in FILTER_RATIOS
+    }
+    nothing, nothing_of_sub_batch = at_random(keep), at_random(sub_batch)
+    half = jest.select(rows, sub_batch, 0.5, torch.Generator().manual_seed(0)).indices
     return {
         "rows": n,
         "logit_scale": rows["logit_scale"].item(),
@@ -160,9 +169,16 @@ def _sets(rows: Rows, *, draws: int) -> dict[str, Any]:
         "by_chunks": means,
         "by_chunks_deviation": {chunks: statistics.pstdev(values) for chunks, values in by_chunks.items()},
         "by_chunks_normalised": {c: (value - means[1]) / (means[32] - means[1]) for c, value in means.items()},
-        "by_filter_ratio": ratios,
-        "by_filter_ratio_normalised": {r: (v - nothing) / (ratios[0.5] - nothing) for r, v in ratios.items()},
+        "by_filter_ratio": by_ratio,
+        "by_filter_ratio_normalised": {
+            ratio: (value - nothing_of_sub_batch) / (by_ratio[0.5] - nothing_of_sub_batch)
+            for ratio, value in by_ratio.items()
+        },
     }
+
+
+def _first(rows: Rows, count: int) -> Rows:
+    return {name: value[:count] if value.ndim else value for name, value in rows.items()}
 
 
 def _runs(runs: dict[float, dict[str, Arm]], on: Track, folder: Path, *, seeds: int, num_steps: int) -> dict[str, Any]:

@@ -11,17 +11,21 @@ On the race's demo pool, whose learners see pixels. Arms, all of the same number
     distilled          jest, or uniform, with the reference's softmax distillation added to the loss (J-11)
     easy reference     what the reference finds easy, whatever the learner does (I-ACID; jest is H-ACID)
     pool, age A        jest scored by a pool with weights of that age
+    filtered pool      jest on what the demo's CLIP filter kept (J-10; jest is the raw pool)
+    curated set        uniform on the reference's own clean pairs alone
 
-Then, with a timed sleep in place of the forward passes, sub-batches per second served by 1 to 8 scoring actors.
+Each learner is measured by retrieval and by small tasks of their own (`jobs.demo_tasks`). Then, with a timed sleep in
+place of the forward passes, sub-batches per second served by 1 to 8 scoring actors.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,12 +33,15 @@ import ray
 
 from curation.distributed.resources import cluster
 from curation.distributed.scoring_pool import Serving, close_pool, pool_actor, scorer_actor
-from curation.distributed.train import train
+from curation.distributed.train import learner_url, train
+from curation.models.clip import load_towers
 from curation.recipe import TrainRecipe
 from curation.recipe.train import LowResolution
+from jobs import demo_tasks
+from jobs.benchmarks.online_pools import POOLS
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval, show
-from jobs.benchmarks.tracks import Track, demo_track
+from jobs.benchmarks.tracks import Track, demo_size, demo_track
 from jobs.demo_race import NUM_STEPS
 
 LOW = LowResolution(patch_size=16)
@@ -53,26 +60,36 @@ def _low(**fields: Any) -> Change:
     return lambda recipe: recipe.model_copy(update={"low_resolution": LOW.model_copy(update=fields)})
 
 
-ARMS: dict[str, tuple[str, float, list[Change]]] = {
-    "uniform": ("uniform", 0.0, []),
-    "jest": ("jest", 0.8, []),
-    "flexi": ("jest", 0.8, [_low()]),
-    "low scoring only": ("jest", 0.8, [_low(share=0.0)]),
-    "jest, f=0.5": ("jest", 0.5, []),
-    "flexi, f=0.5": ("jest", 0.5, [_low()]),
-    "jest, f=0.9": ("jest", 0.9, []),
-    "flexi, f=0.9": ("jest", 0.9, [_low()]),
-    "jest, f=0.9, beta2=0.999": ("jest", 0.9, [_train(beta2=0.999)]),
-    "distilled": ("jest", 0.8, [_train(distill=1.0)]),
-    "uniform, distilled": ("uniform", 0.0, [_train(distill=1.0)]),
-    "easy reference": ("easy", 0.8, []),
-    "pool, age 0": ("jest", 0.8, [_train(scoring="pool")]),
-    "pool, age 4 to 7": ("jest", 0.8, [_train(scoring="pool", score_ahead=4, publish_every=4)]),
-    "pool, age 16 to 31": ("jest", 0.8, [_train(scoring="pool", score_ahead=16, publish_every=16)]),
+class Arm(NamedTuple):
+    """A way to train: method, filter ratio, the pool, and what else differs from the track's own runs."""
+
+    method: dict[str, Any]
+    filter_ratio: float
+    changes: tuple[Change, ...] = ()
+    pool: str = "raw"
+
+
+UNIFORM, JEST = {"name": "uniform"}, {"name": "jest"}
+ARMS = {
+    "uniform": Arm(UNIFORM, 0.0),
+    "jest": Arm(JEST, 0.8),
+    "flexi": Arm(JEST, 0.8, (_low(),)),
+    "low scoring only": Arm(JEST, 0.8, (_low(share=0.0),)),
+    "jest, f=0.5": Arm(JEST, 0.5),
+    "flexi, f=0.5": Arm(JEST, 0.5, (_low(),)),
+    "jest, f=0.9": Arm(JEST, 0.9),
+    "flexi, f=0.9": Arm(JEST, 0.9, (_low(),)),
+    "jest, f=0.9, beta2=0.999": Arm(JEST, 0.9, (_train(beta2=0.999),)),
+    "distilled": Arm(JEST, 0.8, (_train(distill=1.0),)),
+    "uniform, distilled": Arm(UNIFORM, 0.0, (_train(distill=1.0),)),
+    "easy reference": Arm({"name": "jest", "scoring": "easy_reference"}, 0.8),
+    "pool, age 0": Arm(JEST, 0.8, (_train(scoring="pool"),)),
+    "pool, age 4 to 7": Arm(JEST, 0.8, (_train(scoring="pool", score_ahead=4, publish_every=4),)),
+    "pool, age 16 to 31": Arm(JEST, 0.8, (_train(scoring="pool", score_ahead=16, publish_every=16),)),
+    "filtered pool": Arm(JEST, 0.8, pool="filtered"),
+    "curated set": Arm(UNIFORM, 0.0, pool="curated"),
 }
-"""Method (easy: JEST by the reference alone), filter ratio, and what else differs from the track's own runs."""
-METHODS = {"easy": {"name": "jest", "scoring": "easy_reference"}}
-TINY_ARMS = ("uniform", "flexi", "low scoring only", "distilled", "pool, age 4 to 7")
+TINY_ARMS = ("uniform", "flexi", "pool, age 4 to 7", "curated set")
 
 
 def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = None) -> dict[str, Any]:
@@ -84,7 +101,8 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = 
     with cluster(num_cpus=2):
         on = demo_track(folder / "demo", tiny=tiny)
         ends = {
-            name: [_end(on, folder, name, num_steps=num_steps, seed=seed) for seed in range(seeds)] for name in names
+            name: [_end(on, folder, name, tiny=tiny, num_steps=num_steps, seed=seed) for seed in range(seeds)]
+            for name in names
         }
     with cluster(num_cpus=max(ACTORS)):
         served = throughput((1, 2) if tiny else ACTORS, steps=6 if tiny else SERVED_STEPS)
@@ -102,13 +120,13 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = 
     }
 
 
-def _end(on: Track, folder: Path, name: str, *, num_steps: int, seed: int) -> dict[str, float]:
-    """How one run ended, and what its steps cost."""
-    method, ratio, changes = ARMS[name]
+def _end(on: Track, folder: Path, name: str, *, tiny: bool, num_steps: int, seed: int) -> dict[str, float]:
+    """How one run ended, and what its steps cost; shares in [0, 1], seconds and FLOPs."""
+    arm = ARMS[name]
     output = folder / "online" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    chosen = METHODS.get(method, {"name": method})
-    recipe = on.run(output, method=chosen, filter_ratio=ratio, num_steps=num_steps, seed=seed)
-    for change in changes:
+    recipe = on.run(output, method=arm.method, filter_ratio=arm.filter_ratio, num_steps=num_steps, seed=seed)
+    recipe = POOLS[arm.pool](recipe, folder, num_pairs=demo_size(tiny=tiny).pairs)
+    for change in arm.changes:
         recipe = change(recipe)
     print(f"{name}, seed {seed} ...", flush=True)
     if failures := train(TrainRecipe.model_validate(recipe.model_dump())).failures:
@@ -125,7 +143,17 @@ def _end(on: Track, folder: Path, name: str, *, num_steps: int, seed: int) -> di
         "seconds_per_step": median("step_seconds"),
         "idle_share": median("seconds_wait") / median("step_seconds"),
         "junk_share": float(np.mean(steps["junk_share"].to_pylist()[len(steps) // 2 :])),
+        **_tasks(recipe, output / "tasks.json", num_scenes=20 if tiny else demo_tasks.NUM_SCENES),
     }
+
+
+def _tasks(recipe: TrainRecipe, note: Path, *, num_scenes: int) -> dict[str, float]:
+    """The learner's accuracy by task."""
+    if not note.exists():
+        towers = load_towers(recipe.learner.model, checkpoint=learner_url(recipe.output))
+        scores = {task: demo_tasks.score(towers, task, num_scenes=num_scenes) for task in demo_tasks.TASKS}
+        note.write_text(json.dumps({task: found.accuracy for task, found in scores.items()}))
+    return json.loads(note.read_text())
 
 
 def _figures(ends: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -186,5 +214,8 @@ def _print(figures: dict[str, Any], served: dict[int, float], on: Track) -> None
         flops = f"{of['flops_of_uniforms']:.2f} of uniform's FLOPs" if "flops_of_uniforms" in of else ""
         seconds, idle = of["seconds_per_step"]["mean"], of["idle_share"]["mean"]
         print(f"  {name:<26}{show(of['metric']):<16}{against:<26}{flops:<28}{seconds:.2f} s, {idle:.0%} idle")
+    print(f"\naccuracy by task{'':<14}" + "".join(f"{task:<16}" for task in demo_tasks.TASKS))
+    for name, of in figures.items():
+        print(f"  {name:<28}" + "".join(f"{show(of[task]):<16}" for task in demo_tasks.TASKS))
     told = ", ".join(f"{actors}: {rate:.2f}" for actors, rate in served.items())
     print(f"sub-batches/s by scoring actors that sleep {SCORE_SECONDS} s: {told}")

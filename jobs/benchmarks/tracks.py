@@ -95,9 +95,22 @@ class Pair(NamedTuple):
     fields: dict[str, Any]
 
 
+class DemoSize(NamedTuple):
+    """Samples of the pool, pairs and steps of the reference."""
+
+    samples: int
+    pairs: int
+    steps: int
+
+
+def demo_size(*, tiny: bool) -> DemoSize:
+    """The demo's own size, or the smallest that proves the command."""
+    return DemoSize(400, 200, 8) if tiny else DemoSize(20_000, demo_reference.NUM_PAIRS, demo_reference.NUM_STEPS)
+
+
 def demo_track(folder: Path, *, tiny: bool) -> Track:
     """The demo's own pool, reference and cache, made as `jobs.demo` makes them."""
-    samples, pairs, steps = (400, 200, 8) if tiny else (20_000, demo_reference.NUM_PAIRS, demo_reference.NUM_STEPS)
+    samples, pairs, steps = demo_size(tiny=tiny)
     arguments = ["--samples", samples, "--reference-pairs", pairs, "--reference-steps", steps]
 
     def prepare() -> None:

@@ -151,6 +151,22 @@ def test_a_file_that_is_replaced_between_two_attempts_is_told(object_store: Any,
             file.read(100_000)
 
 
+def test_a_whole_file_that_is_replaced_while_it_is_read_is_read_anew(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, open_read, opened = f"{s3_bucket}/a.bin", storage.open_read, []
+
+    def open_and_replace(url: str) -> Any:
+        opened.append(open_read(url))
+        if len(opened) == 1:
+            fsspec.filesystem("s3").pipe_file(url, DATA[::-1])
+        return opened[-1]
+
+    storage.write_bytes(url, DATA)
+    monkeypatch.setattr(storage, "open_read", open_and_replace)
+    assert storage.read_bytes(url) == DATA[::-1] and len(opened) == 2
+
+
 def test_a_folder_is_no_file(s3_bucket: str) -> None:
     storage.write_bytes(f"{s3_bucket}/folder/a.bin", b"x")
     with pytest.raises(IsADirectoryError, match="folder is a folder"):

@@ -18,6 +18,7 @@ from jobs.benchmarks import decode, embed, ingest, race
 from jobs.benchmarks.embed import steady_rate
 from jobs.demo_pool import make_pool
 from jobs.demo_scenes import make_pairs
+from jobs.demo_tasks import TASKS
 
 
 @pytest.mark.slow
@@ -56,9 +57,9 @@ def test_the_steady_rate_counts_the_rows_between_15_and_85_percent_only() -> Non
         steady_rate([(0.0, 1)])
 
 
-def tiny(name: str, tmp_path: Path) -> dict:
+def tiny(name: str, tmp_path: Path, *more: str) -> dict:
     arguments = [name, "--tiny", "--json", str(tmp_path / "figures.json"), "--folder", str(tmp_path / "race")]
-    assert benchmark.main(arguments) == 0
+    assert benchmark.main([*arguments, *more]) == 0
     return json.loads((tmp_path / "figures.json").read_text())
 
 
@@ -91,6 +92,21 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
     assert steps["uniform equal flops"] > 8 / 3 * steps["jest"]
     assert all(0 <= figures["end"][name]["mean"] <= 1 for name in steps)
     assert (tmp_path / "race" / "demo" / "race.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_online_measures_arms_by_retrieval_by_tasks_and_by_what_they_cost(tmp_path: Path) -> None:
+    names = ["flexi", "curated set"]
+    figures = tiny("online", tmp_path, "--arms", *names)
+    assert list(figures["arms"]) == names
+    for arm in figures["arms"].values():
+        assert all(0 <= arm[of]["mean"] <= 1 for of in ("metric", "idle_share", *TASKS))
+    flexi, curated = (figures["arms"][name] for name in names)
+    assert curated["junk_share"]["mean"] == 0 < flexi["junk_share"]["mean"]
+    # A quarter of the patches for five times as many rows scored, and for half of those trained.
+    assert 1 < flexi["flops_per_step"]["mean"] / curated["flops_per_step"]["mean"] < 2
+    assert set(figures["sub_batches_per_second_by_scoring_actors"]) == {"1", "2"}
 
 
 def test_an_interval_is_students_and_a_single_seed_has_none() -> None:
