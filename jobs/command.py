@@ -72,7 +72,8 @@ class Command(NamedTuple):
                 dry_run(recipe)
                 print("dry run: nothing was touched")
                 return EXIT_OK
-            return job(recipe, stop)
+            with stop.on_sigterm(interrupts=True):
+                return job(recipe, stop)
         except OutputInUse as error:
             return _failed(EXIT_IN_USE, f"error: {error}")
         except ValueError as error:  # pydantic's ValidationError is one

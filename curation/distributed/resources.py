@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 
+from curation.distributed.stopping import Interrupted
 from curation.models.clip import Precision
 from curation.recipe import Compute
 
@@ -39,19 +41,23 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
     """A connection to Ray: the one there is, the cluster that RAY_ADDRESS or a submitted job names, or one of our own.
 
     A Ray of our own has at least `num_cpus` logical CPUs, listens with a token made for this run, has no dashboard, and
-    ends with the block.
+    ends with the block. Interrupted if SIGTERM comes while Ray hears it: from its start to where a run listens itself.
     """
     _quieten()
     if ray.is_initialized():
         yield
         return
-    with _quiet_start():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.ERROR)
-        else:
-            _start_local(num_cpus)
     try:
+        with _quiet_start():
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(logging_level=logging.ERROR)
+            else:
+                _start_local(num_cpus)
         yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # how Ray's own handler ends a process
+            raise Interrupted("SIGTERM") from None
+        raise
     finally:
         ray.shutdown()
 

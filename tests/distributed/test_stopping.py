@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +46,29 @@ def test_where_a_checkpoint_is_to_be_saved_only_a_second_sigterm_interrupts() ->
         heard.append(stop.reason)
         os.kill(os.getpid(), signal.SIGTERM)
     assert heard == ["SIGTERM"]
+
+
+@pytest.mark.slow
+def test_sigterm_while_ray_starts_is_a_stop_like_any_other(small_pool: Path, tmp_path: Path) -> None:
+    words = ["debug", "--pool.shards", f"{small_pool}/a/*.tar", "--output", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.curate", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        while "gcs_server" not in commands_of(job.pid):
+            assert job.poll() is None, job.communicate()[1]
+            time.sleep(0.01)
+        job.terminate()
+        said = job.communicate(timeout=120)[1]
+    assert job.returncode == EXIT_STOPPED and "stopped: SIGTERM" in said, said
+    begun = time.monotonic()
+    while commands_of(job.pid) and time.monotonic() - begun < 30:  # Ray's own processes take a moment to end
+        time.sleep(0.1)
+    assert not commands_of(job.pid)
+
+
+def commands_of(session: int) -> str:
+    """The command lines of a session's processes."""
+    return subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True).stdout
 
 
 def test_in_another_thread_a_block_changes_no_handler() -> None:
