@@ -26,6 +26,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -60,91 +61,102 @@ from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
 
 
-def _ledger(given: argparse.Namespace) -> dict[str, Any]:
-    alone = ledger.in_process(pairs=given.pairs, tiny=given.tiny)
-    actors = ledger_actors.through_actors(pairs=given.pairs, tiny=given.tiny)
+def _ledger(*, pairs: int, tiny: bool) -> dict[str, Any]:
+    alone = ledger.in_process(pairs=pairs, tiny=tiny)
+    actors = ledger_actors.through_actors(pairs=pairs, tiny=tiny)
     return {**provenance(), "benchmark": "ledger", "in_process": alone, "through_actors": actors}
 
 
-def _priced(given: argparse.Namespace) -> dict[str, Any]:
+def _plan(
+    *,
+    samples: float | None,
+    hours: float,
+    rates: Path,
+    prices: Path,
+    samples_per_shard: int,
+    keep_fraction: float,
+    tiny: bool,
+) -> dict[str, Any]:
+    if samples is None:
+        return plan.benchmark(tiny=tiny)
     return capacity.priced(
-        given.rates,
-        given.prices,
-        samples=given.samples,
-        hours=given.hours,
-        samples_per_shard=given.samples_per_shard,
-        keep_fraction=given.keep_fraction,
+        rates, prices, samples=samples, hours=hours, samples_per_shard=samples_per_shard, keep_fraction=keep_fraction
     )
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "ablate": lambda given: ablate.benchmark(
-        track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder
-    ),
-    "alchemist": lambda given: alchemist.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder),
-    "chaos": lambda given: chaos.benchmark(
-        minutes=given.minutes, seed=given.seed, tiny=given.tiny, faults=given.faults
-    ),
-    "dedup": lambda given: dedup.benchmark(tiny=given.tiny, folder=given.folder),
-    "decode": lambda given: decode.benchmark(pairs=given.pairs, tiny=given.tiny),
-    "doctor": lambda given: doctor.benchmark(output=given.output, tiny=given.tiny),
-    "dynamic": lambda given: dynamic.benchmark(
-        seeds=given.seeds, tiny=given.tiny, folder=given.folder, hours=given.hours
-    ),
-    "embed": lambda given: embed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
-    "feed": lambda given: feed.benchmark(shards=given.shards, pairs=given.pairs, tiny=given.tiny),
-    "ingest": lambda given: ingest.benchmark(pairs=given.pairs, tiny=given.tiny),
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "ablate": ablate.benchmark,
+    "alchemist": alchemist.benchmark,
+    "chaos": chaos.benchmark,
+    "dedup": dedup.benchmark,
+    "decode": decode.benchmark,
+    "doctor": doctor.benchmark,
+    "dynamic": dynamic.benchmark,
+    "embed": embed.benchmark,
+    "feed": feed.benchmark,
+    "ingest": ingest.benchmark,
     "ledger": _ledger,
-    "mimic": lambda given: mimic.benchmark(seeds=given.seeds, pairs=given.pairs, tiny=given.tiny, folder=given.folder),
-    "online": lambda given: online.benchmark(seeds=given.seeds, tiny=given.tiny, folder=given.folder, arms=given.arms),
-    "plan": lambda given: plan.benchmark(tiny=given.tiny) if given.samples is None else _priced(given),
-    "race": lambda given: race.benchmark(track=given.track, seeds=given.seeds, tiny=given.tiny, folder=given.folder),
-    "scale": lambda given: scale.benchmark(actors=given.actors, tiny=given.tiny),
-    "select": lambda given: select.benchmark(pairs=given.pairs, tiny=given.tiny),
-    "subsample": lambda given: subsample.benchmark(pairs=given.pairs, tiny=given.tiny),
-    "subsets": lambda given: subsets.benchmark(tracks=given.tracks, tiny=given.tiny, folder=given.folder),
+    "mimic": mimic.benchmark,
+    "online": online.benchmark,
+    "plan": _plan,
+    "race": race.benchmark,
+    "scale": scale.benchmark,
+    "select": select.benchmark,
+    "subsample": subsample.benchmark,
+    "subsets": subsets.benchmark,
 }
+"""Each takes those flags that its parameters are called by."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m jobs.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="+", choices=sorted(BENCHMARKS), metavar="NAME")
-    parser.add_argument("--shards", help="embed, feed: a pool to measure on; a demo pool is made if none is named")
-    parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs of runs (7)")
-    parser.add_argument("--seeds", type=int, default=3, help="race: runs of each arm (3)")
-    parser.add_argument("--track", choices=sorted(TRACKS), default="demo", help="race: the pool it is run on (demo)")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("out/race"),
-        help="race: where the runs go (out/race); dedup: a folder of `jobs.demo`",
-    )
-    parser.add_argument("--actors", type=int, nargs="+", help="scale: sizes of the pool (1 2 4 8 16 32 64)")
-    parser.add_argument("--minutes", type=float, default=20.0, help="chaos: begin no round after so long (20)")
-    parser.add_argument("--seed", type=int, default=0, help="chaos: of its moments and order (0)")
-    parser.add_argument("--faults", nargs="+", choices=sorted(chaos.FAULTS), help="chaos: these only (all)")
-    parser.add_argument("--output", default="out/doctor", help="doctor: a folder or URL that every node can write")
-    parser.add_argument("--tracks", nargs="+", choices=["planted", *POOL_TRACKS], help="subsets: the pools (all)")
-    parser.add_argument("--arms", nargs="+", help="online: the arms to run (all)")
-    parser.add_argument("--samples", type=float, help="plan: price a run over so many samples, as in 5.85e9")
-    parser.add_argument("--hours", type=float, default=24.0, help="plan: within, dynamic: begin within (24)")
-    parser.add_argument("--rates", type=Path, default=Path("cluster/rates.json"), help="plan: measured rates")
-    parser.add_argument("--prices", type=Path, default=Path("cluster/prices.json"), help="plan: what is paid")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="plan: (10000)")
-    parser.add_argument("--keep-fraction", type=float, default=0.3, help="plan: share that is written out again (0.3)")
-    parser.add_argument("--tiny", action="store_true", help="the smallest size")
-    parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
+    parser = _parser()
     given = parser.parse_args(arguments)
+    taken = {name: list(inspect.signature(BENCHMARKS[name]).parameters) for name in dict.fromkeys(given.names)}
+    of_none = vars(given).keys() - {"names", "json", "tiny"}.union(*taken.values())
+    if idle := sorted(flag for flag in of_none if getattr(given, flag) != parser.get_default(flag)):
+        parser.error(f"{', '.join(taken)}: no benchmark for --{idle[0].replace('_', '-')}")
     if given.tiny:
         given.pairs = given.seeds = 1
-    figures = {name: BENCHMARKS[name](given) for name in dict.fromkeys(given.names)}
+    figures = {name: BENCHMARKS[name](**{flag: getattr(given, flag) for flag in taken[name]}) for name in taken}
     if given.json:
         told = figures if len(figures) > 1 else next(iter(figures.values()))
         given.json.write_text(json.dumps(told, indent=1) + "\n")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m jobs.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def flag(name: str, about: str, **how: Any) -> None:
+        """A flag, and in its help the benchmarks that take it."""
+        takers = [of for of, run in BENCHMARKS.items() if name in inspect.signature(run).parameters]
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{', '.join(takers)}: {about}", **how)
+
+    parser.add_argument("names", nargs="+", choices=sorted(BENCHMARKS), metavar="NAME")
+    flag("shards", "a pool to measure on; a demo pool is made if none is named")
+    flag("pairs", "interleaved pairs of runs (7)", type=int, default=7)
+    flag("seeds", "runs of each arm (3)", type=int, default=3)
+    flag("track", "the pool it is run on (demo)", choices=sorted(TRACKS), default="demo")
+    flag("tracks", "the pools (all)", nargs="+", choices=["planted", *POOL_TRACKS])
+    flag("arms", "the arms to run (all)", nargs="+")
+    flag("folder", "where the runs go, or are (out/race)", type=Path, default=Path("out/race"))
+    flag("actors", "sizes of the actor pool (1 2 4 8 16 32 64)", type=int, nargs="+")
+    flag("minutes", "begin no round after so long (20)", type=float, default=20.0)
+    flag("seed", "of its moments and order (0)", type=int, default=0)
+    flag("faults", "these only (all)", nargs="+", choices=sorted(chaos.FAULTS))
+    flag("output", "a folder or URL that every node can write (out/doctor)", default="out/doctor")
+    flag("samples", "price a run over so many samples, as in 5.85e9", type=float)
+    flag("hours", "to be done within, or to begin nothing after (24)", type=float, default=24.0)
+    flag("rates", "measured rates (cluster/rates.json)", type=Path, default=Path("cluster/rates.json"))
+    flag("prices", "what is paid (cluster/prices.json)", type=Path, default=Path("cluster/prices.json"))
+    flag("samples_per_shard", "(10000)", type=int, default=10_000)
+    flag("keep_fraction", "share that is written out again (0.3)", type=float, default=0.3)
+    parser.add_argument("--tiny", action="store_true", help="the smallest size")
+    parser.add_argument("--json", type=Path, help="write the raw figures there; several benchmarks' by name")
+    return parser
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from curation.models.clip import build_network, load_resize, load_tokenizer, save_checkpoint
+from curation.models.clip import build_network, load_tokenizer, save_checkpoint
+from curation.models.resize import load_resize
 from curation.training.contrastive import fit_contrastive, make_optimizer, shuffled_batches
 from curation.training.step import PairBatch, StepReport
 from jobs.demo_scenes import Stream, make_pairs

@@ -14,7 +14,7 @@ from curation.data import shard_list, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.open_shard import open_shard
 from curation.data.shards import ReadRules, Sample
-from curation.models.clip import Resize
+from curation.models.resize import Resize
 
 READ_THREADS = 2
 ROWS_AT_A_TIME = 256

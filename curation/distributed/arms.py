@@ -15,8 +15,8 @@ import torch
 from curation.data import manifest, storage, tables
 from curation.data.pool_rows import selected_uids
 from curation.methods import load_selector, selector_names
-from curation.models.clip import weights_digest
 from curation.models.frozen import frozen_digest
+from curation.models.registry import weights_digest
 from curation.numerics import sampling
 from curation.recipe.curate import Embed
 from curation.recipe.evaluate import Arm

@@ -30,8 +30,9 @@ from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.shard_pool import records_of
 from curation.distributed.stopping import Stop
-from curation.models.clip import Precision, load_towers, weights_digest
+from curation.models.clip import Precision, load_towers
 from curation.models.frozen import frozen_digest, load_frozen
+from curation.models.registry import weights_digest
 from curation.numerics.contrastive import cosine
 from curation.numerics.picture import laplacian_variance, plainness
 from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe

@@ -18,7 +18,7 @@ import torch
 
 from curation.data.images import ImageError, Pixels, fast_pixels, pixels
 from curation.data.shards import Sample
-from curation.models.clip import FastResize, Resize
+from curation.models.resize import FastResize, Resize
 
 FELL_BACK = "image:not_plain_jpeg"
 

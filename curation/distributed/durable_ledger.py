@@ -21,14 +21,12 @@ writer sent what when. Waiting writes are in the log like all others.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,132 +34,23 @@ from curation.addresses import flat_positions, prefix_sums
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.distributed.ledger_log import Arrays, Segment, read_segment
+from curation.distributed.ledger_writes import (
+    MAX_STEP,
+    SESSION,
+    AbandonedAttempt,
+    Write,
+    WriterState,
+    checked,
+    is_count,
+    specs_json,
+)
 from curation.ledger import Ledger, LedgerSpec
-
-SESSION = 1 << 32
-"""A writer that opens again begins at the next multiple of this, so late writes of its former life are told apart."""
-MAX_STEP = (1 << 32) - 1
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}")
 
 
-class AbandonedAttempt(RuntimeError):
-    """The call comes from an attempt, or a writer's former life, that has been given up. Nothing was done."""
-
-
 class LedgerTaken(RuntimeError):
     """HEAD.json names another log than this process writes, so what it would write is lost, and it writes nothing."""
-
-
-class Write(NamedTuple):
-    """What one write carries, checked; `name` is None if there are no scores."""
-
-    step: int
-    name: str | None
-    addresses: np.ndarray
-    values: np.ndarray
-    used: np.ndarray
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The columns by name: addresses (n,) int64, values (n,) float32, used (m,) int64."""
-        return {"addresses": self.addresses, "values": self.values, "used": self.used}
-
-
-def checked(
-    specs: Mapping[str, LedgerSpec],
-    offsets: np.ndarray,
-    *,
-    step: int,
-    name: str | None,
-    addresses: Any,
-    values: Any,
-    used: Any = None,
-) -> Write:
-    """The write with arrays of the right types, if a Ledger of these specs and offsets (`prefix_sums`) would take it.
-
-    ValueError for an unknown name (suggests the nearest), a step outside uint32, values that float32 cannot hold (names
-    up to five), lengths that differ; KeyError that names the first address which is not in the pool.
-    """
-    if not 0 <= step <= MAX_STEP:
-        raise ValueError(f"step must be in [0, {MAX_STEP}], got {step}")
-    addresses, used = _as_addresses("addresses", addresses), _as_addresses("used", () if used is None else used)
-    with np.errstate(over="ignore"):  # beyond float32 is found below, as infinite
-        values = np.asarray(values).astype(np.float32, copy=False)
-    if name is None and len(addresses):
-        raise ValueError(f"scores without a ledger's name, the ledgers are {sorted(specs)}")
-    if name is not None:
-        check_name(specs, name)
-    if values.shape != addresses.shape:
-        raise ValueError(f"values must be of shape {addresses.shape} as the addresses are, got {values.shape}")
-    finite = np.isfinite(values)
-    if not finite.all():
-        wrong = [f"{addresses[row]}:{values[row]}" for row in np.flatnonzero(~finite)[:5]]
-        raise ValueError(f"values must be finite in float32, got (address:value) {', '.join(wrong)}")
-    for some in (addresses, used):
-        if len(some):
-            flat_positions(some, offsets)
-    return Write(int(step), name, addresses, values, used)
-
-
-def check_name(specs: Mapping[str, LedgerSpec], name: str) -> None:
-    """ValueError that suggests the nearest name if there is no such ledger."""
-    if name not in specs:
-        nearest = difflib.get_close_matches(name, specs, n=1, cutoff=0.0)
-        raise ValueError(f"no ledger is named {name!r}, did you mean {nearest}? There are {sorted(specs)}")
-
-
-def specs_json(specs: Mapping[str, LedgerSpec]) -> dict[str, Any]:
-    """Specs as JSON holds them, to be compared with saved ones."""
-    return {name: dataclasses.asdict(spec) for name, spec in sorted(specs.items())}
-
-
-def is_count(column: str) -> bool:
-    """True for the columns of `Ledger.export` that are above zero where a sample has statistics."""
-    return column == "usage" or column.endswith(".count")
-
-
-def _as_addresses(field_name: str, addresses: Any) -> np.ndarray:
-    array = np.asarray(addresses)
-    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
-        raise ValueError(f"{field_name} must be integers of shape (n,), got {array.dtype} of shape {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-@dataclass
-class _Writer:
-    """Which numbers of one writer were applied: all in [first, next), and those of `ahead`, which came too early."""
-
-    first: int
-    next: int
-    step: int = -1
-    """Of the write before `next`; -1 before there is one."""
-    is_open: bool = True
-    flushed: bool = False
-    """It has nothing more of `step` to write."""
-    ahead: dict[int, int] = field(default_factory=dict)
-    """Number -> step."""
-
-    def has(self, number: int) -> bool:
-        return number < self.next or number in self.ahead
-
-    def steps_around(self, number: int) -> tuple[int, int]:
-        """The steps between which the write `number` must lie, because a writer's steps never decrease."""
-        lower = [step for other, step in self.ahead.items() if other < number]
-        upper = [step for other, step in self.ahead.items() if other > number]
-        return max([self.step, *lower]), min([MAX_STEP, *upper])
-
-    @property
-    def at_step(self) -> int:
-        """It will write of no step below this one."""
-        return self.step + 1 if self.flushed else self.step
-
-    def note(self, number: int, step: int) -> None:
-        self.flushed = False
-        self.ahead[number] = step
-        while self.next in self.ahead:
-            self.step = self.ahead.pop(self.next)
-            self.next += 1
 
 
 class DurableLedger:
@@ -382,7 +271,7 @@ class DurableLedger:
         if attempt > self.attempt:
             raise ValueError(f"attempt {attempt} has not begun, the ledger is at {self.attempt}: call restore first")
 
-    def _writer(self, writer: str, number: int) -> _Writer:
+    def _writer(self, writer: str, number: int) -> WriterState:
         known = self._writers.get(writer)
         if known is None or not known.is_open:
             raise ValueError(f"writer {writer!r} is not open")
@@ -427,7 +316,7 @@ class DurableLedger:
     def _apply(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
         kind = meta["kind"]
         if kind == "open":
-            self._writers[meta["writer"]] = _Writer(first=meta["first"], next=meta["first"])
+            self._writers[meta["writer"]] = WriterState(first=meta["first"], next=meta["first"])
         elif kind == "close":
             self._writers[meta["writer"]].is_open = False
             self._apply_below(self._all_beyond())
@@ -488,7 +377,7 @@ class DurableLedger:
     def _set_state(self, ledger: Ledger, state: Mapping[str, Any]) -> None:
         self.ledger = ledger
         self._writers = {
-            name: _Writer(**{**saved, "ahead": {int(number): step for number, step in saved["ahead"].items()}})
+            name: WriterState(**{**saved, "ahead": {int(number): step for number, step in saved["ahead"].items()}})
             for name, saved in state["writers"].items()
         }
         self._applied_step: dict[str, int] = dict(state["applied_step"])

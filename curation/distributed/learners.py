@@ -14,8 +14,9 @@ from curation.data.shards import ReadRules
 from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
 from curation.distributed.feed import LOW_PIXELS
 from curation.models.classifier import Classifier, build_classifier
-from curation.models.clip import ClipNetwork, Precision, build_network, load_resize, load_towers
+from curation.models.clip import ClipNetwork, Precision, build_network, load_towers
 from curation.models.flexi import native_patch_size
+from curation.models.resize import load_resize
 from curation.recipe import TrainRecipe
 from curation.recipe.train import Weights
 from curation.training.classifier_learner import ClassifierLearner

@@ -34,7 +34,8 @@ from ray.util.metrics import Counter, Gauge
 from curation.addresses import prefix_sums
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
-from curation.distributed.durable_ledger import DurableLedger, specs_json
+from curation.distributed.durable_ledger import DurableLedger
+from curation.distributed.ledger_writes import specs_json
 from curation.ledger import LedgerSpec
 
 METRICS_EVERY_S = 1.0

@@ -16,13 +16,13 @@ from ray.exceptions import RayTaskError
 from ray.util.metrics import Gauge
 
 from curation.addresses import flat_positions, prefix_sums, shard_of
-from curation.distributed.durable_ledger import (
+from curation.distributed.ledger_actor import Columns, LedgerHandles, answers_of, read_shards, take_rows
+from curation.distributed.ledger_writes import (
     AbandonedAttempt,
     check_name,
     checked,
     is_count,
 )
-from curation.distributed.ledger_actor import Columns, LedgerHandles, answers_of, read_shards, take_rows
 from curation.ledger import gini, moves, quantiles_from_counts
 
 

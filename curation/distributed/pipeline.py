@@ -41,7 +41,8 @@ from curation.distributed.staged import staged_shards
 from curation.distributed.stopping import Stop
 from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
-from curation.models.clip import load_fast_resize, weights_digest
+from curation.models.registry import weights_digest
+from curation.models.resize import load_fast_resize
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000

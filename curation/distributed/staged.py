@@ -39,7 +39,8 @@ from curation.distributed.decode import Decoded, ReadAhead, SampleDecoder
 from curation.distributed.embed import CALLS_AT_A_TIME, STAGE, BatchEmbedder, EmbedSpec, Piece, noted, set_aside
 from curation.distributed.resources import Placement
 from curation.distributed.roster import Attempt, bench, verdict_of
-from curation.models.clip import load_resize, load_tokenizer
+from curation.models.clip import load_tokenizer
+from curation.models.resize import load_resize
 
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 64 << 20, 128 << 20
 DECODE_MEMORY = 3 * MAX_BLOCK_BYTES

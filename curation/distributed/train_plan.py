@@ -21,7 +21,7 @@ from curation.data.shards import ReadRules
 from curation.distributed import versions
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.models.classifier import is_on_features
-from curation.models.clip import check_resolution, weights_digest
+from curation.models.registry import check_resolution, weights_digest
 from curation.recipe import Pool, TrainRecipe
 from curation.training.learner import LEARNER_COLUMNS, REFERENCE_COLUMNS
 

@@ -26,8 +26,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from curation.models.cifar_resnet import SIDE, CifarResNet20, normalise
-from curation.models.clip import Precision, Resize, build_network, load_resize, resolve_device, weights_digest
+from curation.models.clip import Precision, build_network, resolve_device
 from curation.models.perceptual_hash import BITS, grey_square, perceptual_hashes
+from curation.models.registry import weights_digest
+from curation.models.resize import Resize, load_resize
 
 Library = Literal["open_clip", "timm", "torchvision", "cifar", "tflite", "phash", "pixels"]
 LIBRARIES: tuple[str, ...] = get_args(Library)

@@ -30,7 +30,8 @@ from torchvision.transforms import Compose
 from curation.data.images import ImageError, fast_pixels, open_image, pixels
 from curation.data.shards import ReadRules, ShardReader
 from curation.data.storage import list_shards, open_read
-from curation.models.clip import FastResize, Towers, build_network, load_fast_resize, load_resize, load_towers
+from curation.models.clip import Towers, build_network, load_towers
+from curation.models.resize import FastResize, load_fast_resize, load_resize
 from curation.numerics.contrastive import cosine
 from jobs.benchmarks.pairs import interleaved, paired_ratio, provenance
 from jobs.demo_pool import make_pool

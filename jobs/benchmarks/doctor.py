@@ -171,7 +171,7 @@ def node_facts(folder: str, mib: int) -> dict[str, Any]:
 def decoded_per_s(*, seconds: float = 1.0) -> float:
     """Images a second that this core brings from a JPEG of 512 px to a model's 224."""
     from curation.data.images import pixels
-    from curation.models.clip import load_resize
+    from curation.models.resize import load_resize
 
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     out = io.BytesIO()

@@ -23,7 +23,7 @@ from PIL import Image
 
 from curation.data.images import FORMATS, ImageError, fast_pixels, pixels
 from curation.data.shards import DROP_REASONS, WARNINGS, ReadRules, ShardReader
-from curation.models.clip import FastResize, Resize, load_resize
+from curation.models.resize import FastResize, Resize, load_resize
 
 MINUTES = float(os.environ.get("CURATION_FUZZ_MINUTES", "0"))
 EXAMPLES = 10_000 if MINUTES else 25

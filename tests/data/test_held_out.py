@@ -11,7 +11,7 @@ from PIL import Image
 
 from curation.data.held_out import read_held_out
 from curation.data.shards import ReadRules
-from curation.models.clip import load_resize
+from curation.models.resize import load_resize
 
 
 def write(path: Path, captions: list[str], *, labels: list[str] | None = None, broken: tuple[int, ...] = ()) -> None:

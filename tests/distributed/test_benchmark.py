@@ -58,9 +58,14 @@ def test_the_steady_rate_counts_the_rows_between_15_and_85_percent_only() -> Non
 
 
 def tiny(name: str, tmp_path: Path, *more: str) -> dict:
-    arguments = [name, "--tiny", "--json", str(tmp_path / "figures.json"), "--folder", str(tmp_path / "race")]
-    assert benchmark.main([*arguments, *more]) == 0
+    assert benchmark.main([name, "--tiny", "--json", str(tmp_path / "figures.json"), *more]) == 0
     return json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_a_flag_that_no_named_benchmark_takes_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["select", "decode", "--track", "cifar10"])
+    assert "select, decode: no benchmark for --track" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -79,7 +84,7 @@ def test_feed_races_two_loops_over_the_same_shards(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> None:
-    figures = tiny("race", tmp_path)
+    figures = tiny("race", tmp_path, "--folder", str(tmp_path / "race"))
     assert {name: arm["method"] for name, arm in figures["arms"].items()} == {
         "jest": "jest",
         "uniform": "uniform",
@@ -98,7 +103,7 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
 @pytest.mark.usefixtures("ray_session")
 def test_online_measures_arms_by_retrieval_by_tasks_and_by_what_they_cost(tmp_path: Path) -> None:
     names = ["flexi", "curated set"]
-    figures = tiny("online", tmp_path, "--arms", *names)
+    figures = tiny("online", tmp_path, "--folder", str(tmp_path / "race"), "--arms", *names)
     assert list(figures["arms"]) == names
     for arm in figures["arms"].values():
         assert all(0 <= arm[of]["mean"] <= 1 for of in ("metric", "idle_share", *TASKS))

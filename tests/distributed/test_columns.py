@@ -23,8 +23,8 @@ from curation.distributed.pipeline import curate
 from curation.distributed.select import select
 from curation.distributed.train import check, train
 from curation.distributed.train_plan import checked as checked_training
-from curation.models.clip import weights_digest
 from curation.models.frozen import frozen_digest, load_frozen
+from curation.models.registry import weights_digest
 from curation.numerics.picture import laplacian_variance, plainness
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from curation.addresses import pack
 from curation.data import storage
 from curation.distributed import ledger_log
-from curation.distributed.durable_ledger import SESSION, AbandonedAttempt, DurableLedger, LedgerTaken
+from curation.distributed.durable_ledger import DurableLedger, LedgerTaken
+from curation.distributed.ledger_writes import SESSION, AbandonedAttempt
 from curation.ledger import Ledger, LedgerSpec
 
 SIZES = np.array([5, 0, 7, 3])

@@ -17,7 +17,8 @@ from curation.data.rows import StaleTable, read_rows
 from curation.data.shards import ReadRules, ShardReader
 from curation.distributed import feed
 from curation.distributed.feed import FeedSpec, ReadShare, Share, blocks, plan_step
-from curation.models.clip import load_resize, load_tokenizer
+from curation.models.clip import load_tokenizer
+from curation.models.resize import load_resize
 
 RULES = ReadRules()
 OFFERED = 236

@@ -17,9 +17,9 @@ import ray
 
 from curation.addresses import pack
 from curation.distributed import ledger_actor, ledger_client
-from curation.distributed.durable_ledger import AbandonedAttempt
 from curation.distributed.ledger_actor import LedgerActor, LedgerHandles, owner_of, start_ledger
 from curation.distributed.ledger_client import LedgerClient
+from curation.distributed.ledger_writes import AbandonedAttempt
 from curation.ledger import Ledger, LedgerSpec, gini
 from curation.numerics.sampling import uid_words
 from jobs.benchmarks import ledger_actors

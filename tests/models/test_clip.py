@@ -16,20 +16,18 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from curation.models import clip
+from curation.models import registry
 from curation.models.clip import (
     ClipNetwork,
-    FastResize,
-    Resize,
     Towers,
     build_network,
-    load_resize,
     load_tokenizer,
     load_towers,
     resolve_device,
     save_checkpoint,
-    weights_digest,
 )
+from curation.models.registry import weights_digest
+from curation.models.resize import FastResize, Resize, load_resize
 
 SIZES = [(64, 64), (130, 50), (51, 300), (1, 1), (3, 500), (48, 48), (49, 47)]
 MODES = ["RGB", "L", "P", "RGBA", "1", "LA", "CMYK"]
@@ -298,7 +296,7 @@ def test_ours_is_registered_once_from_many_threads(monkeypatch: pytest.MonkeyPat
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and added == [clip._CONFIGS]
+    assert not failures and added == [registry.CONFIGS]
 
 
 def test_loading_installs_no_log_handler(monkeypatch: pytest.MonkeyPatch) -> None:

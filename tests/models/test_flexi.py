@@ -10,7 +10,8 @@ from timm.layers.patch_embed import resample_patch_embed
 from torch.nn import functional as F
 
 from curation.models import flexi
-from curation.models.clip import build_network, check_resolution
+from curation.models.clip import build_network
+from curation.models.registry import check_resolution
 
 
 @pytest.fixture(scope="module")
