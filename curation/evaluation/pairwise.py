@@ -1,8 +1,7 @@
 """What a pairwise study came to: win rates, strengths, agreement, and how many votes are still needed.
 
-Methods of the typicality study (methods/typicality.md, 4.3). Every interval but Wilson's is a bootstrap that draws whole
-raters: votes of one person go together, and drawing votes one by one gives intervals that are too narrow. With R raters
-the bootstrap's deviation is widened by sqrt(R / (R - 1)) and by Student's t of R - 1 degrees, without which few raters
+Every interval but Wilson's is a bootstrap that draws whole raters: votes of one person go together, and drawing votes
+one by one gives intervals that are too narrow. With R raters the bootstrap's deviation is widened by sqrt(R / (R - 1)) and by Student's t of R - 1 degrees, without which few raters
 would look surer than they are (two raters: a factor of 9). One rater has no such interval.
 
 R raters, P pairs, K models, B draws; outcomes are FIRST, TIE, SECOND.

@@ -5,8 +5,7 @@ nu sqrt(pi_a pi_b) / D, and D is the sum of the three weights. So each vote is a
 (theta_a + theta_b) / 2, theta_b), which is concave: Newton's method finds its one maximum. Without ties nu is 0, and
 this is Bradley and Terry's own model.
 
-A whole batch of tables is fitted at once, because a bootstrap fits a thousand of them: 1,000 tables of three models take
-about 10 ms where one by one they would take a second.
+A whole batch of tables is fitted at once, because a bootstrap fits a thousand of them.
 
 B tables, P pairs, K models; the last axis of a table is (first wins, tie, second wins).
 """
@@ -57,9 +56,7 @@ def elo_points(theta: np.ndarray) -> np.ndarray:
     return 400 / math.log(10) * theta
 
 
-def fit(
-    counts_BP3: np.ndarray, pairs_P2: np.ndarray, *, num_models: int, prior_sd: float | None = 2.0
-) -> Strengths:
+def fit(counts_BP3: np.ndarray, pairs_P2: np.ndarray, *, num_models: int, prior_sd: float | None = 2.0) -> Strengths:
     """The most probable strengths of each table of votes, under a Gaussian prior of `prior_sd` on each theta.
 
     Without a prior (None) it is the maximum likelihood, which does not exist where a model never wins or never loses,
