@@ -1,8 +1,10 @@
 """What a pairwise study came to: win rates, strengths, agreement, and how many votes are still needed.
 
 Every interval but Wilson's is a bootstrap that draws whole raters: votes of one person go together, and drawing votes
-one by one gives intervals that are too narrow. With R raters the bootstrap's deviation is widened by sqrt(R / (R - 1)) and by Student's t of R - 1 degrees, without which few raters
-would look surer than they are (two raters: a factor of 9). One rater has no such interval.
+one by one gives intervals that are too narrow. With R raters the bootstrap's deviation is widened by sqrt(R / (R - 1))
+and by Student's t of R - 1 degrees, without which few raters would look surer than they are (two raters: a factor of
+9). A few may agree by chance, and then their deviation is next to nothing: below FEW_RATERS it is never taken for less
+than that of drawing votes. One rater has no such interval.
 
 R raters, P pairs, K models, B draws; outcomes are FIRST, TIE, SECOND.
 """
@@ -115,21 +117,32 @@ def analyse(
     counts_RP3 = _counts(votes, pairs_P2)
     raters, counts_P3 = len(counts_RP3), counts_RP3.sum(0)
     fitted = bradley_terry.fit(counts_P3[None], pairs_P2, num_models=len(names), prior_sd=PRIOR_SD)
-    drawn_BP3 = _drawn_raters(counts_RP3, draws, seed)
-    redrawn = bradley_terry.fit(drawn_BP3, pairs_P2, num_models=len(names), prior_sd=PRIOR_SD)
-    theta_K, theta_BK = fitted.theta_BK[0], redrawn.theta_BK
-    expected_P = bradley_terry.win_rates(fitted, pairs_P2)[0]
-    expected_BP = bradley_terry.win_rates(redrawn, pairs_P2)
+    by_rater = _redrawn(drawn_raters(counts_RP3, draws, seed), pairs_P2, len(names))
+    # A rater who never saw a pair says nothing of it.
+    raters_P = (counts_RP3.sum(2) > 0).sum(0)
+    is_few = raters_P.min() < FEW_RATERS
+    by_vote = _redrawn(_drawn_votes(counts_P3, draws, seed), pairs_P2, len(names)) if is_few else by_rater
+    theta_K, expected_P = fitted.theta_BK[0], bradley_terry.win_rates(fitted, pairs_P2)[0]
     models = []
     for place in np.argsort(-theta_K, kind="stable").tolist():
-        bounds = clustered_interval(theta_K[place], theta_BK[:, place], raters)
+        bounds = clustered_interval(
+            theta_K[place], by_rater.theta_BK[:, place], by_vote.theta_BK[:, place], raters=raters
+        )
         points = None if bounds is None else (float(elo_points(bounds[0])), float(elo_points(bounds[1])))
         involved = int(counts_P3[(pairs_P2 == place).any(1)].sum())
         elo = float(elo_points(theta_K[place]))
         models.append(Model(names[place], involved, float(theta_K[place]), bounds, elo, points))
     pairs = [
-        _pair(names, pairs_P2[p], counts_P3[p], drawn_BP3[:, p], expected_P[p], expected_BP[:, p], raters, detect)
-        for p in range(len(pairs_P2))
+        _pair(
+            (names[first], names[second]),
+            counts_P3[p],
+            float(expected_P[p]),
+            by_rater.of_pair(p),
+            by_vote.of_pair(p),
+            raters=int(raters_P[p]),
+            detect=detect,
+        )
+        for p, (first, second) in enumerate(pairs_P2.tolist())
     ]
     outcomes, matchups = np.array([v.outcome for v in votes], int), np.array([v.matchup for v in votes], int)
     return Results(
@@ -147,13 +160,43 @@ def analyse(
     )
 
 
-def clustered_interval(value: float, drawn_B: np.ndarray, raters: int) -> Bounds | None:
-    """95% interval around `value` from a bootstrap over `raters`; None for one rater or none."""
-    drawn_B = drawn_B[np.isfinite(drawn_B)]
-    if raters < 2 or len(drawn_B) < 2:
+def clustered_interval(value: float, by_rater_B: np.ndarray, by_vote_B: np.ndarray, *, raters: int) -> Bounds | None:
+    """95% interval around `value` from what it came to with raters, and with votes, drawn anew; None for one rater."""
+    by_rater_B, by_vote_B = by_rater_B[np.isfinite(by_rater_B)], by_vote_B[np.isfinite(by_vote_B)]
+    if raters < 2 or len(by_rater_B) < 2 or len(by_vote_B) < 2:
         return None
-    half = t_95(raters - 1) * math.sqrt(raters / (raters - 1)) * float(drawn_B.std(ddof=1))
+    deviation = math.sqrt(raters / (raters - 1)) * float(by_rater_B.std(ddof=1))
+    if raters < FEW_RATERS:
+        deviation = max(deviation, float(by_vote_B.std(ddof=1)))
+    half = t_95(raters - 1) * deviation
     return float(value - half), float(value + half)
+
+
+class _Redrawn(NamedTuple):
+    """What a bootstrap drew: tables (B, P, 3), strengths (B, K) and expected rates (B, P)."""
+
+    counts_BP3: np.ndarray
+    theta_BK: np.ndarray
+    expected_BP: np.ndarray
+
+    def of_pair(self, pair: int) -> _RedrawnPair:
+        half_B = _share(self.counts_BP3[:, pair], ties_half=True)
+        return _RedrawnPair(
+            half_B, _share(self.counts_BP3[:, pair], ties_half=False), half_B - self.expected_BP[:, pair]
+        )
+
+
+class _RedrawnPair(NamedTuple):
+    """The same of one pair, (B,) each."""
+
+    half_B: np.ndarray
+    decisive_B: np.ndarray
+    residual_B: np.ndarray
+
+
+def _redrawn(counts_BP3: np.ndarray, pairs_P2: np.ndarray, num_models: int) -> _Redrawn:
+    fitted = bradley_terry.fit(counts_BP3, pairs_P2, num_models=num_models, prior_sd=PRIOR_SD)
+    return _Redrawn(counts_BP3, fitted.theta_BK, bradley_terry.win_rates(fitted, pairs_P2))
 
 
 def _counts(votes: Sequence[Vote], pairs_P2: np.ndarray) -> np.ndarray:
@@ -168,7 +211,7 @@ def _counts(votes: Sequence[Vote], pairs_P2: np.ndarray) -> np.ndarray:
     return counts_RP3
 
 
-def _drawn_raters(counts_RP3: np.ndarray, draws: int, seed: int) -> np.ndarray:
+def drawn_raters(counts_RP3: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Tables (B, P, 3), each of as many raters drawn with replacement; none if there is but one rater."""
     raters = len(counts_RP3)
     if raters < 2:
@@ -177,32 +220,40 @@ def _drawn_raters(counts_RP3: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return np.tensordot(times_BR, counts_RP3, 1)
 
 
+def _drawn_votes(counts_P3: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Tables (B, P, 3), each pair's votes drawn one by one with replacement."""
+    rng = np.random.default_rng([seed, 1])
+    total_P1 = np.maximum(counts_P3.sum(1, keepdims=True), 1)
+    shares_P3 = np.where(counts_P3.sum(1, keepdims=True) > 0, counts_P3 / total_P1, 1 / 3)
+    return rng.multinomial(counts_P3.sum(1).astype(int), shares_P3, size=(draws, len(counts_P3))).astype(float)
+
+
 def _pair(
-    names: Sequence[str],
-    pair_2: np.ndarray,
+    names: tuple[str, str],
     counts_3: np.ndarray,
-    drawn_B3: np.ndarray,
     expected: float,
-    expected_B: np.ndarray,
+    by_rater: _RedrawnPair,
+    by_vote: _RedrawnPair,
+    *,
     raters: int,
     detect: float,
 ) -> Pair:
     wins, ties, losses = (int(count) for count in counts_3)
-    half_B, decisive_B = _share(drawn_B3, ties_half=True), _share(drawn_B3, ties_half=False)
     half, decisive = (float(_share(counts_3[None], ties_half=ties_half)[0]) for ties_half in (True, False))
-    observed = wins + ties + losses > 0
-    residual = half - float(expected) if observed else None
+
+    def interval(value: float, place: int) -> Bounds | None:
+        return None if math.isnan(value) else clustered_interval(value, by_rater[place], by_vote[place], raters=raters)
+
     return Pair(
-        first=names[pair_2[0]],
-        second=names[pair_2[1]],
+        *names,
         wins=wins,
         ties=ties,
         losses=losses,
-        rate_ties_half=_rate(half, wilson(wins + ties / 2, wins + ties + losses), half_B, raters),
-        rate_decisive=_rate(decisive, wilson(wins, wins + losses), decisive_B, raters),
-        expected=float(expected),
-        residual=residual,
-        residual_bootstrap=None if residual is None else clustered_interval(residual, half_B - expected_B, raters),
+        rate_ties_half=_rate(half, wilson(wins + ties / 2, wins + ties + losses), interval(half, 0)),
+        rate_decisive=_rate(decisive, wilson(wins, wins + losses), interval(decisive, 1)),
+        expected=expected,
+        residual=None if math.isnan(half) else half - expected,
+        residual_bootstrap=interval(half - expected, 2),
         still_needed=max(0, votes_needed(detect) - wins - losses),
     )
 
@@ -214,11 +265,10 @@ def _share(counts_B3: np.ndarray, *, ties_half: bool) -> np.ndarray:
     return np.divide(gained_B, voted_B, out=np.full(len(counts_B3), np.nan), where=voted_B > 0)
 
 
-def _rate(value: float, wilson_bounds: Bounds, drawn_B: np.ndarray, raters: int) -> Rate:
-    if math.isnan(value):
-        return Rate(None, wilson_bounds, None)
-    bounds = clustered_interval(value, drawn_B, raters)
-    return Rate(value, wilson_bounds, None if bounds is None else (max(0.0, bounds[0]), min(1.0, bounds[1])))
+def _rate(value: float, wilson_bounds: Bounds, found: Bounds | None) -> Rate:
+    """A share and its intervals, none of which leaves [0, 1]."""
+    bounds = None if found is None else (max(0.0, found[0]), min(1.0, found[1]))
+    return Rate(None if math.isnan(value) else value, wilson_bounds, bounds)
 
 
 def _warnings(raters: int, pairs: Sequence[Pair]) -> list[str]:
