@@ -122,8 +122,11 @@ def test_pairs_are_balanced_a_fifth_of_matchups_has_two_raters_and_sides_are_eve
 def test_a_study_that_has_its_decisive_votes_ends(make_store: Make, folder: Path) -> None:
     store = make_store(goal=4)
     raters = [store.rater(store.enter(name)) for name in ("Ann", "Bob")]
-    while any([store.assign(rater) for rater in raters]):
+    is_open = True
+    while is_open:
+        is_open = False
         for rater in raters:
+            is_open |= store.assign(rater)
             for pair in store.open_assignments(rater):
                 store.vote(rater, pair.token, "right", key=pair.token * 2, seconds=None)
     decisive = Counter((row.first, row.second) for row in standing(folder))
