@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from curation.rating import votes
 from curation.rating.database import NAME
@@ -158,6 +158,29 @@ def test_two_raters_vote_through_kills_of_the_server_and_no_vote_is_lost_or_doub
         context.close()
 
 
+def test_a_vote_whose_answer_is_lost_on_the_way_counts_once(browser: Browser, server: Server) -> None:
+    context = browser.new_context()
+    page = enter(context, server, "Hal")
+    lost = 0
+
+    def lose_first_two(route: Route) -> None:
+        nonlocal lost
+        if lost < 2:
+            lost += 1
+            route.fetch()  # the server has it
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/api/vote", lose_first_two)
+    page.keyboard.press("ArrowRight")
+    settled(page, 1)
+    page.keyboard.press("ArrowLeft")
+    settled(page, 2)
+    assert lost == 2 and server.answers()["Hal"] == ["right", "left"]
+    context.close()
+
+
 def test_the_page_works_by_keyboard_alone_and_tells_a_screen_reader_what_happens(
     browser: Browser, server: Server
 ) -> None:
@@ -210,6 +233,7 @@ def test_on_a_phone_all_is_on_the_screen_and_taps_vote(browser: Browser, server:
         assert box is not None and box["y"] + box["height"] <= 667 and min(box["width"], box["height"]) >= 44
     page.get_by_role("button", name="Upper image is better").tap()
     settled(page, 1)
+    expect(page.locator("#said")).to_have_text("Saved: upper image.")
     assert server.answers()["Eve"] == ["left"]
     context.close()
 

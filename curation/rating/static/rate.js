@@ -5,7 +5,6 @@
 const RATER = "curation-rater";
 const PENDING = "curation-pending-vote";
 const ANSWERS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "unsure" };
-const SAID = { left: "Saved: left image.", right: "Saved: right image.", unsure: "Saved: not sure." };
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
 
@@ -54,6 +53,13 @@ async function askUntil(path, body, waiting) {
 
 function say(text) {
   at("said").textContent = text;
+}
+
+// As the button says it: on a phone the left image is the upper one.
+function nameOf(answer) {
+  if (answer === "unsure") return "not sure";
+  const word = [...at(answer).querySelectorAll(".beside, .below")].find((span) => span.offsetParent !== null);
+  return word ? `${word.textContent.toLowerCase()} image` : `${answer} image`;
 }
 
 function newKey() {
@@ -171,7 +177,7 @@ async function send(pending) {
   answered.add(pending.pair);
   images.delete(pending.pair);
   take(state);
-  say(SAID[pending.answer]);
+  say(`Saved: ${nameOf(pending.answer)}.`);
 }
 
 function vote(answer) {
