@@ -124,17 +124,15 @@ def analyse(
     by_vote = _redrawn(_drawn_votes(counts_P3, draws, seed), pairs_P2, len(names)) if is_few else by_rater
     theta_K, expected_P = fitted.theta_BK[0], bradley_terry.win_rates(fitted, pairs_P2)[0]
     models = []
-    for place in np.argsort(-theta_K, kind="stable").tolist():
-        bounds = clustered_interval(
-            theta_K[place], by_rater.theta_BK[:, place], by_vote.theta_BK[:, place], raters=raters
-        )
-        points = None if bounds is None else (float(elo_points(bounds[0])), float(elo_points(bounds[1])))
+    for place in np.argsort(-theta_K, kind="stable"):
+        theta = float(theta_K[place])
+        bounds = clustered_interval(theta, by_rater.theta_BK[:, place], by_vote.theta_BK[:, place], raters=raters)
+        points = None if bounds is None else (elo_points(bounds[0]), elo_points(bounds[1]))
         involved = int(counts_P3[(pairs_P2 == place).any(1)].sum())
-        elo = float(elo_points(theta_K[place]))
-        models.append(Model(names[place], involved, float(theta_K[place]), bounds, elo, points))
+        models.append(Model(names[int(place)], involved, theta, bounds, elo_points(theta), points))
     pairs = [
         _pair(
-            (names[first], names[second]),
+            (names[int(first)], names[int(second)]),
             counts_P3[p],
             float(expected_P[p]),
             by_rater.of_pair(p),
@@ -142,7 +140,7 @@ def analyse(
             raters=int(raters_P[p]),
             detect=detect,
         )
-        for p, (first, second) in enumerate(pairs_P2.tolist())
+        for p, (first, second) in enumerate(pairs_P2)
     ]
     outcomes, matchups = np.array([v.outcome for v in votes], int), np.array([v.matchup for v in votes], int)
     return Results(

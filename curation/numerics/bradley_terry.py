@@ -51,8 +51,8 @@ def win_rates(strengths: Strengths, pairs_P2: np.ndarray) -> np.ndarray:
     return chance_BP3[..., 0] + chance_BP3[..., 1] / 2
 
 
-def elo_points(theta: np.ndarray) -> np.ndarray:
-    """Strengths as Elo shows them, 400 points a factor of ten in the odds, 0 the mean. For display alone."""
+def elo_points(theta: float) -> float:
+    """A strength as Elo shows it, 400 points a factor of ten in the odds, 0 the mean. For display alone."""
     return 400 / math.log(10) * theta
 
 

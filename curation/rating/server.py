@@ -88,8 +88,6 @@ def make_app(desk: Desk, *, access: Access, votes_file: Path, detect: float) -> 
         if not access.may(role, request.cookies):
             raise HTTPException(401, "a token is wanted")
 
-    Rater = Annotated[int, Depends(rater_of)]
-
     def page(name: str, role: str, request: Request, told: Callable[[], dict[str, Any]]) -> Response:
         """A page, or the gate if no token has been given."""
         if not access.may(role, request.cookies):
@@ -144,15 +142,15 @@ def make_app(desk: Desk, *, access: Access, votes_file: Path, detect: float) -> 
             raise HTTPException(422, str(error)) from None
 
     @app.get("/api/queue")
-    def queue(rater: Rater) -> dict[str, Any]:
+    def queue(rater: Annotated[int, Depends(rater_of)]) -> dict[str, Any]:
         return desk.state(rater, desk.top_up(rater))
 
     @app.post("/api/vote")
-    def vote(cast: Cast, rater: Rater) -> dict[str, Any]:
+    def vote(cast: Cast, rater: Annotated[int, Depends(rater_of)]) -> dict[str, Any]:
         return moved(rater, lambda: desk.store.vote(rater, cast.pair, cast.answer, key=cast.key, seconds=cast.seconds))
 
     @app.post("/api/undo")
-    def undo(taken: Taken, rater: Rater) -> dict[str, Any]:
+    def undo(taken: Taken, rater: Annotated[int, Depends(rater_of)]) -> dict[str, Any]:
         return moved(rater, lambda: desk.store.undo(rater, taken.vote))
 
     def moved(rater: int, step: Callable[[], None]) -> dict[str, Any]:

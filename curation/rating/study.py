@@ -42,10 +42,17 @@ class Item(NamedTuple):
 
 
 class Study(Protocol):
-    """What is shown. `models` maps each model's name to its images, `left_out` a reason to how often it applied."""
+    """What is shown."""
 
-    models: Mapping[str, list[Item]]
-    left_out: Mapping[str, int]
+    @property
+    def models(self) -> Mapping[str, list[Item]]:
+        """Each model's images, by its name."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Why images or models were left out, and how many."""
+        ...
 
     def open(self, item: Item) -> Image.Image:
         """The image, loaded. ImageError if it cannot be."""

@@ -82,4 +82,4 @@ def test_what_is_no_table_is_refused() -> None:
 
 @pytest.mark.parametrize(("rate", "points"), [(0.55, 35), (0.6, 70), (0.65, 108), (0.7, 147)])
 def test_elo_points_are_those_of_the_tables(rate: float, points: int) -> None:
-    assert round(float(elo_points(np.log(rate / (1 - rate))))) == points
+    assert round(elo_points(math.log(rate / (1 - rate)))) == points
