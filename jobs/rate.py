@@ -32,7 +32,6 @@ from curation.rating.schedule import OVERLAP_PERCENT
 from curation.rating.study import Study, open_study
 from jobs.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
-QUESTION = "Which image looks better?"
 PORT = 8765
 EXTRA = "the rating page needs FastAPI and uvicorn: pip install 'curation[rate]'"
 
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(arguments: list[str]) -> int:
     parser = _parser("")
-    parser.add_argument("--question", default=QUESTION, help=f"what raters are asked ({QUESTION})")
+    parser.add_argument("--question", help="what raters are asked (which image looks better)")
     parser.add_argument(
         "--goal", type=int, metavar="N", help="decisive votes for each pair of models (what --detect needs)"
     )

@@ -40,9 +40,9 @@ class Access(NamedTuple):
         Without tokens a page of somebody else's, open in the same browser, could reach loopback: under a name of its
         own that it lets point here (so the name must be loopback's), or by a form (so the origin must be ours).
         """
-        if self.tokens is None and (urlsplit(f"//{host}").hostname or "") not in LOOPBACK_NAMES:
+        if self.tokens is None and _name_in(host) not in LOOPBACK_NAMES:
             return "this server is open to this machine only"
-        if method != "GET" and origin is not None and urlsplit(origin).netloc != host:
+        if method != "GET" and origin is not None and origin.partition("://")[2] != host:
             return "a page of another place may not write here"
         return None
 
@@ -50,6 +50,14 @@ class Access(NamedTuple):
 def same(known: str, given: str) -> bool:
     """True if two tokens are equal; the time it takes does not tell how nearly."""
     return secrets.compare_digest(known.encode(), given.encode())
+
+
+def _name_in(host: str) -> str:
+    """The name in a Host header; "" if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def cookie_name(role: str) -> str:

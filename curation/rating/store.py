@@ -26,6 +26,7 @@ ANSWERS: tuple[Answer, ...] = get_args(Answer)
 OPEN_COUNTS_S = 3600.0
 """An assignment without a vote counts for the balance so long; then its rater is taken to have left."""
 MAX_NAME = 60
+QUESTION = "Which image looks better?"
 
 
 class Conflict(Exception):
@@ -59,12 +60,15 @@ class Store:
         study: Study,
         *,
         goal: int,
-        question: str,
+        question: str | None = None,
         overlap_percent: int = OVERLAP_PERCENT,
         rng: Random | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open or make the file, and write down what the study shows. ValueError if it was begun with other images."""
+        """Open or make the file, and write down what the study shows. Without a question it is the one asked so far.
+
+        ValueError if people were shown other images or asked another question.
+        """
         self._rng, self._clock = rng or secrets.SystemRandom(), clock
         self._goal, self._overlap = goal, overlap_percent
         self._db = Database(path)
@@ -265,11 +269,11 @@ def _last_vote(db: sqlite3.Connection, rater: int) -> str | None:
     return found and found[0]
 
 
-def _same_question(db: sqlite3.Connection, question: str) -> str:
+def _same_question(db: sqlite3.Connection, question: str | None) -> str:
     """The question of the study. ValueError if people have been asked another one."""
-    db.execute("INSERT OR IGNORE INTO meta VALUES ('question', ?)", (question,))
+    db.execute("INSERT OR IGNORE INTO meta VALUES ('question', ?)", (question or QUESTION,))
     asked = db.execute("SELECT value FROM meta WHERE name = 'question'").fetchone()[0]
-    if question != asked:
+    if question and question != asked:
         raise ValueError(f"question: these votes answer {asked!r}; for another question give another --votes FILE")
     return asked
 

@@ -13,7 +13,7 @@ from PIL import Image
 from curation.rating.database import NAME
 from curation.rating.store import Store
 from curation.rating.study import open_study
-from jobs.rate import QUESTION, main
+from jobs.rate import main
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def study(tmp_path: Path) -> Path:
 @pytest.fixture
 def voted(study: Path) -> Path:
     """The same, with a vote of each of two raters."""
-    store = Store(study / NAME, open_study(str(study)), goal=5, question=QUESTION)
+    store = Store(study / NAME, open_study(str(study)), goal=5)
     for name in ("Ann", "Bob"):
         rater = store.rater(store.enter(name))
         assert store.assign(rater)

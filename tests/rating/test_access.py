@@ -47,6 +47,7 @@ def test_a_cookie_opens_its_own_page_only() -> None:
         (None, "GET", "[::1]:8765", None, True),
         (None, "GET", "evil.example:8765", None, False),
         (None, "GET", "", None, False),
+        (None, "GET", "[", None, False),
         (None, "POST", "localhost:8765", "http://localhost:8765", True),
         (None, "POST", "localhost:8765", "http://evil.example", False),
         (None, "POST", "localhost:8765", "null", False),

@@ -197,11 +197,14 @@ def test_images_may_be_added_but_not_taken_or_changed(make_store: Make, folder: 
     make_store().close()
     write_image(folder / "yellow" / "0.png", (200, 200, 30))
     assert len(make_store().items) == 19
+    kept = (folder / "red" / "3.png").read_bytes()
     (folder / "red" / "3.png").write_bytes(b"another")
     with pytest.raises(ValueError, match=r"1 images that .* knows are gone or changed, 'red/3.png' for one"):
         make_store()
+    (folder / "red" / "3.png").write_bytes(kept)
     with pytest.raises(ValueError, match="these votes answer 'Which\\?'; for another question give another --votes"):
         make_store(question="What?")
+    assert make_store(question=None).question == "Which?"
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 61, "a\x00b", "a\u202eb"])
