@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def enter(context: BrowserContext, server: Server, name: str, complaints: list[s
 def settled(page: Page, count: int) -> None:
     """Waits until the page says that so many votes are the rater's, and shows the next pair."""
     expect(page.locator("#yours")).to_contain_text(f"{count} vote", timeout=1000 * PATIENCE_S)
-    page.wait_for_function("!document.body.classList.contains('busy')")
+    expect(page.locator("body.busy")).to_have_count(0, timeout=1000 * PATIENCE_S)
 
 
 def test_two_raters_vote_through_kills_of_the_server_and_no_vote_is_lost_or_doubled(
@@ -212,9 +213,11 @@ def test_the_page_works_by_keyboard_alone_and_tells_a_screen_reader_what_happens
 def test_the_next_pairs_images_are_there_before_the_vote(browser: Browser, server: Server) -> None:
     context = browser.new_context()
     page = enter(context, server, "Dee")
-    page.wait_for_function(
-        "performance.getEntriesByType('resource').filter(e => e.name.includes('/image/')).length == 6"
-    )
+    # Asked from here: the page's policy forbids the evaluation that playwright's own waiting would do in it.
+    loaded = "performance.getEntriesByType('resource').filter(e => e.name.includes('/image/')).length"
+    ends = time.monotonic() + PATIENCE_S
+    while page.evaluate(loaded) < 6 and time.monotonic() < ends:
+        page.wait_for_timeout(100)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/image/" in request.url else None)
     page.keyboard.press("ArrowLeft")
