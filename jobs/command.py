@@ -24,8 +24,7 @@ from curation.distributed.stopping import Interrupted, Stop
 from curation.distributed.train import TrainFailed
 from curation.recipe.parts import Part
 from jobs import log
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_IN_USE, EXIT_STOPPED = 0, 1, 2, 3, 4
+from jobs.exit_codes import EXIT_FAILED, EXIT_IN_USE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Part)
 Recipes = Mapping[str, Callable[[], AnyRecipe]]

@@ -43,8 +43,11 @@ def t_95(degrees: int) -> float:
     )
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95% interval of a share, Wilson 1927; (0, 1) without trials. ValueError unless 0 <= successes <= trials."""
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """95% interval of a share, Wilson 1927; (0, 1) without trials. ValueError unless 0 <= successes <= trials.
+
+    Ties may count as half successes; the interval is then wider than it need be, for a tie varies less than a vote.
+    """
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be in [0, {trials}], got {successes}")
     if not trials:
