@@ -21,6 +21,7 @@ from curation.distributed.arms import choose, networks_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
 from curation.distributed.diffusion_study import study_diffusion
 from curation.models.frozen import load_frozen
+from curation.rating.study import open_study
 from curation.recipe.columns import Network
 from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe, parse_arm
 from jobs import evaluate
@@ -90,6 +91,10 @@ def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_si
     units = [Unit("random", 0, 4), Unit("coreset", 0, 4)]
     samples = [load_array(unit_url(str(tmp_path), unit, "samples.npy")) for unit in units]
     assert samples[0].shape == (10, 8, 8, 3) and not np.array_equal(samples[0], samples[1])
+
+    rated = open_study(str(tmp_path))  # what `jobs.rate` shows people of it
+    assert {arm: len(items) for arm, items in rated.models.items()} == {"random": 10, "coreset": 10}
+    assert np.array_equal(np.asarray(rated.open(rated.models["coreset"][3])), samples[1][3])
 
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("units/*/samples.npy")}
     again = study_diffusion(recipe)
