@@ -34,11 +34,12 @@ from curation.selector import Rows
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval, show
 from jobs.benchmarks.tracks import FEATURES, REFERENCE, TRACKS, Track, add_reference
-from jobs.demo_race import NUM_STEPS
+from jobs.demo_race import NUM_STEPS, SUB_BATCH
 
 CHUNKS = (1, 2, 4, 8, 16, 32)
 FILTER_RATIOS = (0.5, 0.8, 0.9)
 DRAWS = 20
+RATIO = 0.8
 SUPER_BATCH = 5_120
 SHARE = 0.1
 """Of it, the sub-batch that filter ratios are compared at."""
@@ -135,46 +136,53 @@ def _columns(run: str, piece: str, *, prefix: str) -> Rows:
 
 
 def _sets(rows: Rows, *, draws: int) -> dict[str, Any]:
-    """Learnability of chosen sets: mean and standard deviation over draws."""
+    """Learnability of chosen sets: means over draws."""
     n = len(rows["image_embedding"])
-
-    def learnability(keep: int, *, out_of: int = n, num_chunks: int = 16) -> list[float]:
-        jest, offered = Jest(num_chunks=num_chunks), _first(rows, out_of)
-        seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-        return [jest.set_score(offered, jest.select(offered, keep, 0.5, rng).indices) for rng in seeds]
-
-    def at_random(keep: int) -> float:
-        seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-        return statistics.fmean(jest.set_score(rows, torch.randperm(n, generator=rng)[:keep]) for rng in seeds)
-
-    jest, keep, sub_batch = Jest(), round(n * 0.2), round(n * SHARE)
-    alone = jest.score(rows, 0.5)
-    best_alone = alone.topk(keep).indices
-    by_chunks = {chunks: learnability(keep, num_chunks=chunks) for chunks in CHUNKS}
+    keep, sub_batch = round(n * (1 - RATIO)), round(n * SHARE)
+    by_chunks = {chunks: _drawn(rows, keep, num_chunks=chunks, draws=draws) for chunks in CHUNKS}
     means = {chunks: statistics.fmean(values) for chunks, values in by_chunks.items()}
     by_ratio = {
-        ratio: statistics.fmean(learnability(sub_batch, out_of=round(sub_batch / (1 - ratio))))
+        ratio: statistics.fmean(_drawn(_first(rows, round(sub_batch / (1 - ratio))), sub_batch, draws=draws))
         for ratio in FILTER_RATIOS
     }
-    nothing, nothing_of_sub_batch = at_random(keep), at_random(sub_batch)
-    half = jest.select(rows, sub_batch, 0.5, torch.Generator().manual_seed(0)).indices
+    nothing = _at_random(rows, sub_batch, draws=draws)
     return {
-        "rows": n,
         "logit_scale": rows["logit_scale"].item(),
-        "off_diagonal_share_of_the_logits_variance": jest.off_diagonal_share(rows, half),
-        "uniform": nothing,
-        "independent_sampled": means[1],
-        "independent_top": jest.set_score(rows, best_alone),
-        "joint": means[16],
+        "large": _compared(rows, keep, draws=draws),
+        "as_in_the_runs": _compared(_first(rows, round(SUB_BATCH / (1 - RATIO))), SUB_BATCH, draws=draws),
         "by_chunks": means,
         "by_chunks_deviation": {chunks: statistics.pstdev(values) for chunks, values in by_chunks.items()},
         "by_chunks_normalised": {c: (value - means[1]) / (means[32] - means[1]) for c, value in means.items()},
         "by_filter_ratio": by_ratio,
         "by_filter_ratio_normalised": {
-            ratio: (value - nothing_of_sub_batch) / (by_ratio[0.5] - nothing_of_sub_batch)
-            for ratio, value in by_ratio.items()
+            r: (value - nothing) / (by_ratio[0.5] - nothing) for r, value in by_ratio.items()
         },
     }
+
+
+def _compared(rows: Rows, keep: int, *, draws: int) -> dict[str, float]:
+    """Learnability of `keep` rows as each way chooses them, and how much of it could be the rows' company."""
+    alone = Jest().score(rows, 0.5)
+    chosen = Jest().select(rows, keep, 0.5, torch.Generator().manual_seed(0)).indices
+    return {
+        "rows": len(alone),
+        "chosen": keep,
+        "uniform": _at_random(rows, keep, draws=draws),
+        "independent_sampled": statistics.fmean(_drawn(rows, keep, num_chunks=1, draws=draws)),
+        "independent_top": Jest().set_score(rows, alone.topk(keep).indices),
+        "joint": statistics.fmean(_drawn(rows, keep, draws=draws)),
+        "off_diagonal_share_of_the_logits_variance": Jest().off_diagonal_share(rows, chosen[: keep // 2]),
+    }
+
+
+def _drawn(rows: Rows, keep: int, *, draws: int, num_chunks: int = 16) -> list[float]:
+    jest, seeds = Jest(num_chunks=num_chunks), [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    return [jest.set_score(rows, jest.select(rows, keep, 0.5, rng).indices) for rng in seeds]
+
+
+def _at_random(rows: Rows, keep: int, *, draws: int) -> float:
+    n, seeds = len(rows["image_embedding"]), [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    return statistics.fmean(Jest().set_score(rows, torch.randperm(n, generator=rng)[:keep]) for rng in seeds)
 
 
 def _first(rows: Rows, count: int) -> Rows:
@@ -229,11 +237,10 @@ def _done(recipe: Any) -> pa.Table:
 
 
 def _print_sets(sets: dict[str, Any], on: Track) -> None:
-    print(f"\n{on.about}: {sets['rows']} rows, learner's scale {sets['logit_scale']:.1f}")
-    print(f"share of the logits' variance off the diagonal: {sets['off_diagonal_share_of_the_logits_variance']:.2f}")
-    print("learnability of sets, f = 0.8:")
-    for name in ("uniform", "independent_sampled", "independent_top", "joint"):
-        print(f"  {name:<22}{sets[name]:.3f}")
+    print(f"\n{on.about}: learner's scale {sets['logit_scale']:.1f}; learnability of sets")
+    for size in ("large", "as_in_the_runs"):
+        told = ", ".join(f"{name} {value:.3g}" for name, value in sets[size].items())
+        print(f"  {told}")
     for what in ("by_chunks", "by_filter_ratio"):
         told = ", ".join(f"{key}: {value:.2f}" for key, value in sets[f"{what}_normalised"].items())
         print(f"  {what}, normalised: {told}", flush=True)

@@ -22,8 +22,10 @@ def test_more_chunks_and_a_larger_filter_ratio_choose_more_learnable_sets() -> N
     }
     scales = {"logit_scale": 10.0, "logit_bias": -5.0, "reference_logit_scale": 10.0, "reference_logit_bias": -5.0}
     sets = ablate._sets({**rows, **{name: torch.tensor(value) for name, value in scales.items()}}, draws=3)
-    assert sets["rows"] == 400 and set(sets["by_chunks"]) == set(ablate.CHUNKS)
-    assert sets["independent_sampled"] < sets["joint"] and sets["uniform"] < sets["joint"]
+    large, small = sets["large"], sets["as_in_the_runs"]
+    assert (large["rows"], large["chosen"], small["chosen"]) == (400, 80, 128)
+    assert set(sets["by_chunks"]) == set(ablate.CHUNKS)
+    assert large["independent_sampled"] < large["joint"] and large["uniform"] < large["joint"]
     assert sets["by_chunks_normalised"][1] == 0 and sets["by_chunks_normalised"][32] == 1
     assert sets["by_filter_ratio_normalised"][0.5] == 1 < sets["by_filter_ratio_normalised"][0.9]
-    assert 0 < sets["off_diagonal_share_of_the_logits_variance"] < 1
+    assert 0 < large["off_diagonal_share_of_the_logits_variance"] < 1
