@@ -107,6 +107,7 @@ print(int(saved.name.split("-")[1]), summary.steps, summary.ledger["uses"])
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_node_that_is_taken_gets_a_checkpoint_first_and_another_node_goes_on_from_it(
     curated: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +121,7 @@ def test_a_node_that_is_taken_gets_a_checkpoint_first_and_another_node_goes_on_f
     )
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     command = [sys.executable, "-c", DRAINED, str(tmp_path / "recipe.json")]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr
     saved, ended, uses = map(int, told.stdout.split()[-3:])
     assert 0 < saved < ended == STEPS and uses == STEPS * 24
