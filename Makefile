@@ -12,8 +12,8 @@ demo: $(INSTALLED)  ## make a pool, curate it, show what was kept
 	$(BIN)/python -m jobs.demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --durations=25 -m 'not alone' $(ARGS); code=$$?; test $$code -eq 0 -o $$code -eq 5
-	$(BIN)/python -m pytest -q --durations=5 -m alone $(ARGS); code=$$?; test $$code -eq 0 -o $$code -eq 5  # 5: none of the tests asked for
+	$(BIN)/python -m pytest -q -rs -n $(TESTERS) --dist loadfile --durations=25 -m 'not alone' $(ARGS); code=$$?; test $$code -eq 0 -o $$code -eq 5
+	$(BIN)/python -m pytest -q -rs --durations=5 -m alone $(ARGS); code=$$?; test $$code -eq 0 -o $$code -eq 5  # 5: none of the tests asked for
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

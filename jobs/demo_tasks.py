@@ -1,8 +1,9 @@
 """Small tasks on the demo's held-out scenes: which caption is the image's, when all differ in one thing only.
 
 For each scene as many captions are written as its colour (or shape, count, background, order of the two groups) could
-have been, all else word for word the same; a model chooses the caption whose embedding is nearest to the image's. So a
-specialist is told from a generalist: a learner may know colours and not read counts.
+have been; a model chooses the caption whose embedding is nearest to the image's. All else is told word for word the
+same, but where the order is asked: which synonym a group gets there goes with its place. So a specialist is told from a
+generalist: a learner may know colours and not read counts.
 """
 
 from __future__ import annotations
