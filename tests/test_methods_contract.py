@@ -114,18 +114,17 @@ def case_id(param: tuple[str, dict[str, Any]]) -> str:
     return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
 
 
-@pytest.fixture(params=[*((name, {}) for name in selector_names()), *VARIANTS], ids=case_id)
+ALL = [*((name, {}) for name in selector_names()), *VARIANTS]
+OF_FIXED_SIZE = [(name, fields) for name, fields in ALL if load_selector(name, **fields).fixed_size]
+OF_POOLS = [(name, fields) for name, fields in ALL if isinstance(load_selector(name, **fields), PoolSelector)]
+
+
+@pytest.fixture(params=ALL, ids=case_id)
 def case(request: pytest.FixtureRequest) -> Case:
+    """A method; a test that is about some of them only names those, as in `case` with OF_POOLS."""
     name, fields = request.param
     selector = load_selector(name, **fields)
     return Case(selector, rows_for(selector.needs, N), KEEP if selector.fixed_size else None)
-
-
-@pytest.fixture
-def pool_case(case: Case) -> Case:
-    if not isinstance(case.selector, PoolSelector):
-        pytest.skip("not a pool selector")
-    return case
 
 
 @pytest.mark.parametrize("name", selector_names())
@@ -199,9 +198,8 @@ def test_global_random_state_is_left_as_it_was(case):
     assert (numpy_after["key"] == numpy_before["key"]).all()
 
 
+@pytest.mark.parametrize("case", OF_FIXED_SIZE, ids=case_id, indirect=True)
 def test_none_and_all_of_the_rows_may_be_kept_and_no_more(case):
-    if not case.selector.fixed_size:
-        pytest.skip("decides itself how many rows it keeps")
     assert len(choose(case, keep=0).indices) == 0
     assert sorted(choose(case, keep=N).indices.tolist()) == list(range(N))
     with pytest.raises(ValueError, match=rf"keep must be in \[0, {N}\], got {N + 1}"):
@@ -221,22 +219,24 @@ def test_each_needed_column_is_missed_by_name(case):
             choose(case, rows=rows)
 
 
-def test_permuted_rows_give_the_same_samples_of_a_pool(pool_case):
+@pytest.mark.parametrize("case", OF_POOLS, ids=case_id, indirect=True)
+def test_permuted_rows_give_the_same_samples_of_a_pool(case):
     permutation = torch.randperm(N, generator=Generator().manual_seed(1))
-    plain = choose(pool_case)
-    permuted = choose(pool_case, rows=take(pool_case.rows, permutation))
+    plain = choose(case)
+    permuted = choose(case, rows=take(case.rows, permutation))
     assert torch.equal(permutation[permuted.indices], plain.indices)
 
 
-def test_a_sort_key_is_decided_by_its_row_alone(pool_case):
-    _, rows, _ = pool_case
-    keys = pool_case.selector.sort_key(rows, 0.5, 3)
+@pytest.mark.parametrize("case", OF_POOLS, ids=case_id, indirect=True)
+def test_a_sort_key_is_decided_by_its_row_alone(case):
+    _, rows, _ = case
+    keys = case.selector.sort_key(rows, 0.5, 3)
     assert keys.shape == (N,)
     assert keys.dtype == torch.float32
     some = torch.tensor([5, 0, 41])
-    assert torch.equal(pool_case.selector.sort_key(take(rows, some), 0.5, 3), keys[some])
+    assert torch.equal(case.selector.sort_key(take(rows, some), 0.5, 3), keys[some])
     none = torch.tensor([], dtype=torch.int64)
-    assert pool_case.selector.sort_key(take(rows, none), 0.5, 3).shape == (0,)
+    assert case.selector.sort_key(take(rows, none), 0.5, 3).shape == (0,)
 
 
 def test_a_column_without_a_maker_fails_with_its_name():
