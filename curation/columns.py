@@ -29,6 +29,9 @@ SAMPLE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "clip_score": (pa.float32(), "cosine of the sample's image and text embedding, in [-1, 1]"),
 }
 
+CAPTION_FROM = "caption_from"
+"""Where a caption stood that was chosen among several, as in json.captions[2]; only where the recipe lets choose."""
+
 SELECTED_SCHEMA = pa.schema(
     [
         ("address", pa.int64()),

@@ -1,17 +1,22 @@
 """`python -m jobs.benchmark NAME ...`: speed claims as ratios against a named rival, in one run on one machine.
 
     ablate   which parts of JEST its gain comes from: chunks, filter ratio, joint against independent
+    agreement  do the methods' scores of one pool agree? Spearman's matrix over seeds (X-1)
     alchemist  raters and Shift-Gsample on a pool with known junk, against loss alone, alignment and random
+    alchemist_models  small generative models trained on Alchemist's selections, of three kinds of pool
     chaos    faults at random moments on several raylets: is each table byte for byte that of a run without harm?
     dedup    exact and perceptual dedup against known copies: precision and recall
     decode   --resize fast against Pillow and open_clip's transform; what it does to the CLIP score
     doctor   is this cluster fit for a long run? Pass or fail, and the fix for each
     dynamic  dynamic selection (our completion of 2603.04981) against InfoBatch, RCAP, RS2 and more, on frozen features
+    dynamic_resnet  the same with ResNet-18 on CIFAR-10; needs a GPU
     embed    jobs.curate against a hand-written loop; peak memory of a larger pool
     feed     a step of jobs.train on everything against a hand-written loop over webdataset
     ingest   reading tars against webdataset and ray.data.read_webdataset; what each makes of damaged ones
     ledger   updates, snapshot and restore of a billion addresses; through actors; against dicts
+    metrics  seconds and memory of what judges a selection: Fréchet distance, precision and recall, memorisation
     mimic    Grad-Mimic on linear probes under label noise, against its rivals and controls; what a step of it costs
+    mimic_clip  Grad-Mimic on image–text pairs: steps to plain training's end, as a filter, with unaligned references
     online   Flexi-JEST, a scoring pool, distillation: quality against FLOPs, seconds and the weights' age
     plan     600,000 shards listed, planned and resumed: seconds and memory; with --samples: what a run needs and costs
     race     what JEST's selection is worth against training on everything, on four axes, over seeds
@@ -35,19 +40,24 @@ from typing import Any
 
 from jobs.benchmarks import (
     ablate,
+    agreement,
     alchemist,
+    alchemist_models,
     capacity,
     chaos,
     decode,
     dedup,
     doctor,
     dynamic,
+    dynamic_resnet,
     embed,
     feed,
     ingest,
     ledger,
     ledger_actors,
+    metrics,
     mimic,
+    mimic_clip,
     online,
     plan,
     race,
@@ -86,17 +96,22 @@ def _plan(
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "ablate": ablate.benchmark,
+    "agreement": agreement.benchmark,
     "alchemist": alchemist.benchmark,
+    "alchemist_models": alchemist_models.benchmark,
     "chaos": chaos.benchmark,
     "dedup": dedup.benchmark,
     "decode": decode.benchmark,
     "doctor": doctor.benchmark,
     "dynamic": dynamic.benchmark,
+    "dynamic_resnet": dynamic_resnet.benchmark,
     "embed": embed.benchmark,
     "feed": feed.benchmark,
     "ingest": ingest.benchmark,
     "ledger": _ledger,
+    "metrics": metrics.benchmark,
     "mimic": mimic.benchmark,
+    "mimic_clip": mimic_clip.benchmark,
     "online": online.benchmark,
     "plan": _plan,
     "race": race.benchmark,
@@ -142,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("track", "the pool it is run on (demo)", choices=sorted(TRACKS), default="demo")
     flag("tracks", "the pools (all)", nargs="+", choices=["planted", *POOL_TRACKS])
     flag("arms", "the arms to run (all)", nargs="+")
+    flag("processes", "side by side, one thread each (as many as CPUs)", type=int, default=0)
     flag("folder", "where the runs go, or are (out/race)", type=Path, default=Path("out/race"))
     flag("actors", "sizes of the actor pool (1 2 4 8 16 32 64)", type=int, nargs="+")
     flag("minutes", "begin no round after so long (20)", type=float, default=20.0)

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import tyro
 
 from curation.data.lease import OutputInUse
+from curation.distributed import logs
 from curation.distributed.pipeline import ActorsFailed
 from curation.distributed.stopping import Interrupted, Stop
 from curation.distributed.train import TrainFailed
@@ -62,7 +63,7 @@ class Command(NamedTuple):
                 file=sys.stderr,
             )
             return EXIT_USAGE
-        log.configure(as_json=known.log_json)
+        logs.configure(as_json=known.log_json)
         try:
             stop = Stop(max_hours=known.max_hours)
             start = load_recipe(known.recipe, recipes=recipes, recipe_type=recipe_type)

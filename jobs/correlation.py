@@ -26,10 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m jobs.evaluate correlation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("seeds", nargs="+", metavar="SEED", help="RUN, or RUN+TRAINING+TRAINING")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], metavar="NAME", help="compare these; all that every seed has without it"
+    )
+    parser.add_argument(
+        "--typicality", metavar="COLUMN", help="one more score: how typical a row is among these vectors (TypiClust)"
+    )
     parser.add_argument("--json", metavar="FILE", help="where the figures go")
     known = parser.parse_args(arguments)
     try:
-        found = agreement(known.seeds)
+        found = agreement(known.seeds, only=known.scores, typicality=known.typicality)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

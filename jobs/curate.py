@@ -13,8 +13,10 @@ import time
 from dataclasses import asdict
 from itertools import islice
 
+from curation.distributed import logs
+from curation.distributed.account import Summary
 from curation.distributed.audit import warned_groups
-from curation.distributed.pipeline import Plan, Record, Summary, Watch, curate, make_plan
+from curation.distributed.pipeline import Plan, Record, Watch, curate, make_plan
 from curation.distributed.stopping import Stop
 from curation.recipe import CurateRecipe
 from jobs import log
@@ -50,7 +52,7 @@ class Progress(Watch):
     def __init__(self) -> None:
         self._total = self._done = self._images = 0
         self._begun = self._printed = time.time()
-        self._in_place = sys.stderr.isatty() and not log.is_json()
+        self._in_place = sys.stderr.isatty() and not logs.is_json()
 
     def planned(self, plan: Plan) -> None:
         """Say what is ahead."""
@@ -114,7 +116,7 @@ def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
 
 def print_summary(recipe: CurateRecipe, summary: Summary) -> None:
     """The account of a run, as a table, or as one JSON line."""
-    if log.is_json():
+    if logs.is_json():
         log.say("summary", **asdict(summary))
         return
     rows = [("read", summary.read), ("embedded", summary.embedded)]

@@ -1,11 +1,13 @@
 """`python -m jobs.evaluate KIND RECIPE --run RUN --output DIR`: what selections are worth.
 
     subset      the selected images themselves against their pool: distance, precision, recall, density, coverage
+    held-out    a model's embeddings and features of held-out samples: retrieval, zero-shot classes, linear probes
     diffusion   one generative model per selection and seed, trained side by side; its samples, and a page to look at
     correlation SEED [SEED ...]: do the scores of a pool's samples agree?
 
-RUN is the pool, a run of `jobs.curate`; --arms names the selections: random, full, a method, another run, a file of
-uids. What is done is not done again: the same command goes on after a crash, and with more seeds or arms adds those.
+RUN is the pool (held-out: the held-out samples), a run of `jobs.curate`; --arms names the selections: random, full, a
+method, a straw man, another run, a file of uids. What is done is not done again: the same command goes on after a
+crash, and with more seeds or arms adds those.
 
 Exit codes as in `jobs.train`.
 """
@@ -16,15 +18,31 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from curation.data import storage
-from curation.distributed.arms import columns_of
-from curation.distributed.diffusion_study import samples_of, study_diffusion
+from curation.distributed.arms import columns_of, with_straw_men
+from curation.distributed.diffusion_study import real_images, samples_of, study_diffusion
+from curation.distributed.held_out_study import judge_held_out
 from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run, judge_subsets, table_of
-from curation.recipe.evaluate import DiffusionRecipe, Judged, SubsetRecipe
+from curation.recipe.evaluate import DiffusionRecipe, HeldOutRecipe, Judged, SubsetRecipe
 from curation.report.samples_page import page
 from jobs import correlation
 from jobs.command import EXIT_OK, EXIT_USAGE, Command
-from jobs.recipes import DIFFUSION, SUBSET
+from jobs.recipes import DIFFUSION, HELD_OUT, SUBSET
+
+REAL = "real images of the pool"
+LEGEND = {
+    "distance": "squared Fréchet distance of the samples to the pool; 0 is best",
+    "precision": "share of the samples that lie where the pool does",
+    "recall": "share of the pool that the samples reach",
+    "density": "how crowded the samples are where the pool is; may exceed 1",
+    "coverage": "share of the pool's neighbourhoods that hold a sample",
+    "median_ratio": "distance to the nearest training image over that to the second: 0 for a copy",
+    "memorised_share": "share of the samples whose ratio is below 1/3",
+    "authentic_share": "AuthPct: share of the samples that are farther from their training image than another is",
+    "distance_of_training_rows": "the control: the distance of the images that the arm was trained on",
+    "distance_unmemorised": "distance of the samples that are not memorised, as many of each arm",
+}
+"""What a diffusion study's columns mean, for those who read its page."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +60,12 @@ def _subset(arguments: list[str]) -> int:
     )
 
 
+def _held_out(arguments: list[str]) -> int:
+    return Command("evaluate held-out", __doc__).run(
+        arguments, recipes=HELD_OUT, recipe_type=HeldOutRecipe, job=_judge_held_out, dry_run=_check_held_out
+    )
+
+
 def _diffusion(arguments: list[str]) -> int:
     return Command("evaluate diffusion", __doc__).run(
         arguments, recipes=DIFFUSION, recipe_type=DiffusionRecipe, job=_study_diffusion, dry_run=_check
@@ -50,6 +74,7 @@ def _diffusion(arguments: list[str]) -> int:
 
 KINDS: dict[str, Callable[[list[str]], int]] = {
     "subset": _subset,
+    "held-out": _held_out,
     "diffusion": _diffusion,
     "correlation": correlation.main,
 }
@@ -57,15 +82,41 @@ KINDS: dict[str, Callable[[list[str]], int]] = {
 
 def _check(recipe: Judged) -> None:
     """ValueError if the run or an arm is none."""
-    needed = columns_of(recipe.all_arms(), selected_on=recipe.selected_on)
-    print(f"arms {', '.join(recipe.arms)} of {checked_run(recipe.run)}; of the pool are read: {', '.join(needed)}")
+    whole, notes = with_straw_men(recipe.model_copy(update={"run": checked_run(recipe.run)}))
+    needed = columns_of(whole.all_arms(), selected_on=whole.selected_on)
+    print(f"arms {', '.join(whole.arms)} of {whole.run}; of the pool are read: {', '.join(needed)}")
+    print("\n".join(notes))
 
 
 def _judge_subsets(recipe: SubsetRecipe, stop: Stop) -> int:
     study = judge_subsets(recipe, told=_say)
     print(f"features {study.features}, {study.rows:,} rows an arm, mean and deviation over {recipe.seeds} seeds")
     _print(table_of(study.arms))
+    print("\n".join(study.notes))
     return EXIT_OK
+
+
+def _check_held_out(recipe: HeldOutRecipe) -> None:
+    print(f"samples of {checked_run(recipe.run)}")
+
+
+def _judge_held_out(recipe: HeldOutRecipe, stop: Stop) -> int:
+    study = judge_held_out(recipe, told=_say_held_out)
+    for note in study.notes:
+        print(note)
+    if study.without_value:
+        print(f"{study.without_value:,} samples are not measured on: a column has no value for them")
+    for name, value in study.figures.items():
+        print(f"  {name:<32} {value:.4g}")
+    return EXIT_OK
+
+
+def _say_held_out(overlap: Mapping[str, int]) -> None:
+    if not overlap:
+        print("what the model was trained on is not known: name it, as in --selection runs/first")
+        return
+    held, evaluated = overlap["held_by_the_selection"], overlap["evaluated"]
+    print(f"the selection holds {held:,} of the {evaluated:,} held-out samples ({held / evaluated:.1%})")
 
 
 def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
@@ -76,8 +127,9 @@ def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
     _print(table)
     told = page(
         f"Diffusion study: {recipe.name}",
-        samples_of(recipe),
+        {**samples_of(recipe, study.arms), REAL: real_images(recipe)},
         table=table,
+        legend=LEGEND,
         notes=[note, f"{recipe.steps:,} steps each, but for arms with steps of their own: {', '.join(recipe.arms)}"],
         warnings=study.warnings,
     )

@@ -11,7 +11,7 @@ from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run
 from curation.recipe.parts import Pool
 from curation.recipe.rater import RaterRecipe, RatingsRecipe
-from curation.report.ratings import RANGES, correlations, draw_dynamics, of_range, sheet
+from curation.report.ratings import PANELS, RANGES, correlations, draw_dynamics, of_range, sheet
 from jobs import log
 from jobs.command import EXIT_OK, Command
 from jobs.recipes import RATER, RATINGS
@@ -66,13 +66,19 @@ def _picture(recipe: RatingsRecipe, stop: Stop) -> int:
         max_pixels=pool.max_pixels,
     )
     folder = storage.join(run, "fit", recipe.percentile)
-    for name in RANGES:
-        places = of_range(found.percentile, name, limit=recipe.images)
+    shown = {name: of_range(found.percentile, name, limit=recipe.images) for name in RANGES}
+    for name, places in shown.items():
         if len(places):
             with storage.write_atomic(storage.join(folder, f"{name}.png")) as file:
                 sheet(found.images[places]).save(file, "PNG")
     facts = correlations(found.percentile, dict(zip(FACTS, found.facts.T, strict=True)))
-    told = {"format_version": 1, "rows": len(found.percentile), "not_decoded": found.num_dropped, "facts": facts}
+    told = {
+        "format_version": 1,
+        "rows": len(found.percentile),
+        "not_decoded": found.num_dropped,
+        "facts": facts,
+        "images": {name: found.addresses[places].tolist() for name, places in shown.items()},
+    }
     storage.write_bytes(storage.join(folder, "correlations.json"), json.dumps(told, indent=1).encode())
     for name, of in facts.items():
         if of["spearman_with_rating"] is not None:
@@ -80,7 +86,8 @@ def _picture(recipe: RatingsRecipe, stop: Stop) -> int:
     if recipe.rater:
         dynamics = manifest.read(storage.join(storage.absolute(recipe.rater), "fit", "dynamics.json"))
         if "loss" in dynamics:
+            storage.write_bytes(storage.join(folder, "dynamics.json"), json.dumps(dynamics).encode())
             with storage.write_atomic(storage.join(folder, "dynamics.png")) as file:
-                draw_dynamics({name: dynamics[name] for name in ("loss", "gradient_norm", "gradient_change")}, file)
+                draw_dynamics({name: dynamics[name] for name in PANELS}, file)
     log.say(f"{folder}: images of {len(found.percentile):,} rows by range, and what ratings go with")
     return EXIT_OK

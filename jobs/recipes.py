@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from curation.recipe import Compute, CurateRecipe, Embed, OneOf, Select, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FactorsRecipe, FeaturesRecipe, MimicRecipe, Network, QualityRecipe
-from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe
+from curation.recipe.evaluate import STRAW_MEN, DiffusionRecipe, Generator, HeldOutRecipe, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
 from curation.recipe.rater import Proxy, RaterNetwork, RaterRecipe, RatingsRecipe, Teach
@@ -73,12 +73,11 @@ def basic() -> CurateRecipe:
 
 
 def straw_men(keep_fraction: float) -> dict[str, Select]:
-    """One number alone, by name: what a method must beat (arXiv:2512.16905's comparison). Clarity needs the columns of
-    `jobs.fit quality`, aesthetic a head called `aesthetic`."""
-    columns = {"clarity": "quality.sharpness", "match": "clip_score", "aesthetic": "aesthetic.score"}
+    """One number alone, by name, as steps of a selection. Clarity needs the columns of `jobs.fit quality`, aesthetic a
+    head called `aesthetic`."""
     return {
         name: Select(method={"name": "clip_score", "column": column}, keep_fraction=keep_fraction)
-        for name, column in columns.items()
+        for name, column in STRAW_MEN.items()
     }
 
 
@@ -255,6 +254,13 @@ SUBSET: dict[str, Callable[[], SubsetRecipe]] = {"debug": subset_debug, "dinov2"
 """Recipes of `jobs.evaluate subset`, by name."""
 
 
+HELD_OUT: dict[str, Callable[[], HeldOutRecipe]] = {
+    "pairs": lambda: HeldOutRecipe(name="pairs"),
+    "images": lambda: HeldOutRecipe(name="images", is_of_pairs=False, label="json.class"),
+}
+"""Recipes of `jobs.evaluate held-out`, by name."""
+
+
 def diffusion_tiny() -> DiffusionRecipe:
     """16 px, minutes on a CPU: proves the pipe. The features are random; name a network."""
     return DiffusionRecipe(
@@ -269,12 +275,12 @@ def diffusion_tiny() -> DiffusionRecipe:
             sampling_steps=20,
             learning_rate=1e-3,
         ),
-        steps=300,
+        steps=500,
         seeds=2,
-        samples=100,
+        samples=200,
         network=Network(model="nano", seed=1),
         device="cpu",
-        checkpoint_every=100,
+        checkpoint_every=125,
     )
 
 
@@ -293,11 +299,15 @@ def diffusion_lightly() -> DiffusionRecipe:
     """The article's set-up: 128 px, DDPM, batch 32, 1,000 images for 20,000 steps, the full set for 20,000 and 70,000.
 
     What it does not say is lucidrains' default of that time: U-Net of width 64 with multiples 1, 2, 4, 8, v, sigmoid
-    schedule, learning rate 1e-4, averaged weights. Deviation: the network is diffusers' U-Net of those sizes.
+    schedule, learning rate 1e-4, averaged weights. Distances are in the whole of DINOv2's 1,024 numbers. Deviation: the
+    network is diffusers' U-Net of those sizes. The pool's own embeddings should be those of
+    CLIP ViT-B/32, as `jobs.curate small` makes them.
     """
     return DiffusionRecipe(
         name="lightly",
         arms=("random", "coreset", "typicality", "full", "full-70k=full@70000"),
+        straw_men=False,
+        max_width=1024,
         generator=Generator(image_size=128, channels=(64, 128, 256, 512), batch_size=32, sampling_steps=250),
         steps=20_000,
         seeds=2,

@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from curation.distributed import logs
 from curation.distributed.stopping import Stop
 from curation.distributed.train import TrainSummary, TrainWatch, check, train
 from curation.recipe import TrainRecipe
@@ -41,7 +42,7 @@ class TrainProgress(TrainWatch):
     """A line now and then that says how far the run is: renewed in place on a terminal."""
 
     def __init__(self) -> None:
-        self._in_place = sys.stderr.isatty() and not log.is_json()
+        self._in_place = sys.stderr.isatty() and not logs.is_json()
         self._num_steps = 0
 
     def planned(self, recipe: TrainRecipe, *, rows: int, done: int) -> None:
@@ -56,6 +57,15 @@ class TrainProgress(TrainWatch):
             rows=rows,
         )
 
+    def held_out(self, told: dict[str, int]) -> None:
+        """Before any figure: what of the held-out samples the pool holds."""
+        held, evaluated = told["held_by_the_pool"], told["evaluated"]
+        share = held / evaluated
+        log.say(
+            f"the pool holds {held:,} of the {evaluated:,} held-out samples ({share:.1%}, by uid or equal bytes)",
+            **told,
+        )
+
     def progress(self, noted: dict[str, Any]) -> None:
         """Say how far it is."""
         step = noted["step"]
@@ -66,6 +76,11 @@ class TrainProgress(TrainWatch):
         else:
             log.say(line + f"{left:,.0f} s left", **noted)
 
+    def stalled(self, lines: list[str]) -> None:
+        """Say on whom the run waits."""
+        for line in lines:
+            log.say(f"warning: {line}", level=logging.WARNING)
+
 
 def print_plan(recipe: TrainRecipe) -> None:
     """What a run of this recipe would do, after all checks that need no Ray."""
@@ -75,7 +90,7 @@ def print_plan(recipe: TrainRecipe) -> None:
 
 def print_summary(recipe: TrainRecipe, summary: TrainSummary) -> None:
     """The account of a run, as a table, or as one JSON line."""
-    if log.is_json():
+    if logs.is_json():
         log.say("summary", **asdict(summary))
         return
     rows: list[tuple[str, Any]] = [

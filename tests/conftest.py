@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec.config
+import hypothesis
 import pytest
 import s3fs
 from werkzeug.serving import make_server
 from werkzeug.test import run_wsgi_app
 
 from curation.data import remote
+
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no fault of an example
+hypothesis.settings.load_profile("patient")
 
 NO_REAL_DATA = "the real data is absent"
 

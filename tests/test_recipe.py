@@ -32,6 +32,7 @@ from curation.recipe import (
 from curation.recipe.curate import CachedLayout
 from curation.recipe.guards import Decontaminate, Exclude, Holdout
 from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
+from curation.recipe.train import Train
 
 CLIP = {"name": "clip_score"}
 FILLED = CurateRecipe(
@@ -309,6 +310,7 @@ class TestEmbeddedBy:
         "part",
         [
             {"pool": Pool(caption_field="json.text")},
+            {"pool": Pool(best_caption_of=("txt", "json.captions"))},
             {"pool": Pool(image_fields=("webp",))},
             {"pool": Pool(caption_column="text")},
             {"pool": Pool(image_column="photo")},
@@ -324,6 +326,13 @@ class TestEmbeddedBy:
     )
     def test_it_changes_with_every_field_that_can_change_the_bytes(self, part):
         assert CurateRecipe(**part).embedded_by(**RESOLVED) != CurateRecipe().embedded_by(**RESOLVED)
+
+    def test_a_run_from_before_captions_could_be_chosen_is_the_same_run(self):
+        assert not [name for name in CurateRecipe().embedded_by(**RESOLVED) if "best" in name or "max_captions" in name]
+
+    def test_embeddings_of_one_caption_leave_no_choice(self):
+        with pytest.raises(ValidationError, match="pool.best_caption_of: the embeddings of embed.cached datacomp-l14"):
+            CurateRecipe(pool=Pool(best_caption_of=("json.a",)), embed=Embed(cached="datacomp-l14"))
 
     @pytest.mark.parametrize("resolved", [{"weights_digest": "cd"}, {"device": "cuda"}, {"precision": "bfloat16"}])
     def test_it_changes_with_the_weights_the_device_and_the_precision(self, resolved):
@@ -371,7 +380,7 @@ class TestEmbeddedBy:
         }
         fields = {f"pool.{name}" for name in Pool.model_fields} | {f"embed.{name}" for name in Embed.model_fields}
         # Columns are in it only where they are named, so that runs of tars from before there were any go on.
-        columns = Pool(caption_column="c", image_column="i")
+        columns = Pool(caption_column="c", image_column="i", best_caption_of=("txt",))
         named = CurateRecipe(pool=columns).embedded_by(**RESOLVED).keys()
         assert fields - elsewhere == {name for name in named if name.startswith(("pool.", "embed."))} - {
             "embed.weights",
@@ -421,3 +430,11 @@ class TestEmbeddedBy:
     def test_it_is_json(self):
         made_by = FILLED.embedded_by(**RESOLVED)
         assert json.loads(json.dumps(made_by)) == made_by
+
+
+def test_the_shape_of_a_cosine_is_refused_for_another_schedule() -> None:
+    assert Train(schedule="step").warmup == 0.05 and Train(schedule="cosine", floor=0.1).floor == 0.1
+    with pytest.raises(ValidationError, match=r"train.cooldown shapes the schedule cosine, not step; got 0.2"):
+        Train(schedule="step", cooldown=0.2)
+    with pytest.raises(ValidationError, match="Input should be 'cosine', 'step' or 'one-cycle'"):
+        Train.model_validate({"schedule": "linear"})

@@ -24,6 +24,7 @@ from curation.data import storage
 RENEW_S = 10.0
 TTL_S = 60.0
 SETTLE_S = 0.3
+STOPPED = "this run stopped, what it committed stays"
 LOST_SIGNAL = signal.SIGUSR2
 """Interrupts the main thread. Not SIGINT, which a shell has its background jobs ignore: such a run would go on."""
 
@@ -32,11 +33,15 @@ class OutputInUse(RuntimeError):
     """Another run holds the output."""
 
 
+class NotRenewed(OSError):
+    """The store took no renewal for so long that another run may take the output."""
+
+
 class Lease:
     """Held from entering to leaving the `with` block. OutputInUse on entering if another run holds the output.
 
-    If the lease is lost while it is held (taken over, or not renewed for TTL_S), the main thread is interrupted and the
-    block ends with OutputInUse.
+    If the lease is lost while it is held, the main thread is interrupted and the block ends: with OutputInUse if it was
+    taken over, with NotRenewed if it could not be renewed for TTL_S.
     """
 
     def __init__(self, output: str):
@@ -50,7 +55,7 @@ class Lease:
         }
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._lost: str | None = None
+        self._lost: OutputInUse | NotRenewed | None = None
         self._former_handler: Any = None
 
     def __enter__(self) -> Lease:
@@ -83,7 +88,7 @@ class Lease:
         if self._former_handler is not None:
             signal.signal(LOST_SIGNAL, self._former_handler)
         if self._lost:
-            raise OutputInUse(f"{self._url} {self._lost}; this run stopped, what it committed stays") from error
+            raise self._lost from error
         if self._is_mine():
             storage.delete(self._url)
 
@@ -92,13 +97,14 @@ class Lease:
         while not self._stop.wait(RENEW_S):
             try:
                 if not self._is_mine(or_gone=True):
-                    self._lost = "was taken over by another run"
+                    self._lost = OutputInUse(f"{self._url} was taken over by another run; {STOPPED}")
                     break
                 self._write()
                 renewed = time.monotonic()
             except Exception as error:  # a store may fail for a moment; the lease holds until TTL_S
                 if time.monotonic() - renewed > TTL_S:
-                    self._lost = f"could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
+                    told = f"{self._url} could not be renewed for {TTL_S:.0f} s: {type(error).__name__}: {error}"
+                    self._lost = NotRenewed(f"{told}; {STOPPED}")
                     break
         if self._lost and not self._stop.is_set():
             # As Ctrl-C does; _thread.interrupt_main() would not end a wait.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ ASKED_IN_A_ROW = 16
 """By one thread: on a disk, handing over each manifest singly would cost more than reading it."""
 MIN_INDEXED = 1000
 """Fewer manifests than this are opened one by one: a segment of the index for each small run would cost more."""
+TOLD = ("url", "read", "embedded", "dropped", "warnings", "seconds")
+"""Of a record, what the log says."""
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"\d{8,}\.json")
 
 
@@ -55,6 +59,8 @@ def commit(output: str, stage: str, number: int, record: Mapping[str, Any], *, m
     """Commit a piece: `record` is its account, `made_by` all that can change its bytes. Call it last."""
     whole = {"format_version": FORMAT_VERSION, "key": digest(made_by), "made_by": dict(made_by), **record}
     storage.write_bytes(url_of(output, stage, number), json.dumps(whole, indent=1).encode())
+    told = {name: record[name] for name in TOLD if name in record}
+    _LOG.debug("%s %d committed", stage, number, extra={"facts": {"stage": stage, "number": number, **told}})
 
 
 def find(output: str, stage: str, number: int, *, made_by: Mapping[str, Any]) -> dict[str, Any] | None:

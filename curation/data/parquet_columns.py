@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from curation.data.captions import Choice, choices_of
 from curation.data.shards import Content, ReadRules, caption_of, is_uid, no_image_reason
 
 CAPTION_NAMES = ("txt", "caption", "text")
@@ -48,7 +49,8 @@ def layout_of(schema: pa.Schema, rules: ReadRules) -> Layout:
     types = {field.name: field.type for field in reversed(list(schema))}  # of two columns with one name, the first
     names = list(dict.fromkeys(schema.names))
     usual_images = ("image", *rules.image_fields, "image_bytes")
-    usual_captions = (rules.json_caption,) if rules.json_caption else (rules.caption_field, *CAPTION_NAMES)
+    members = tuple(name for name in rules.caption_fields if not name.startswith("json."))
+    usual_captions = (rules.json_caption,) if rules.json_caption else (*members, *CAPTION_NAMES)
     found = [find_name(names, name) for name in usual_images]
     image = next((name for name in found if name is not None and _holds_bytes(types[name])), None)
     if rules.image_column is not None:
@@ -104,7 +106,11 @@ def contents(
         key = None if layout.key is None else cells[layout.key][row]
         fields = {name: cells[name][row] for name in layout.fields}
         image, image_reason = _checked_image(images[row], images_reason, fields, rules)
-        caption, caption_reason = _checked_caption(captions[row], rules)
+        if rules.best_caption_of:
+            choices, caption_reason = _choices(fields, captions[row], rules, warnings)
+            caption = choices[0].text if choices else None
+        else:
+            choices, (caption, caption_reason) = (), _checked_caption(captions[row], rules)
         result.append(
             Content(
                 key=f"{first + row:09d}" if key is None or key == "" else str(key),
@@ -114,6 +120,7 @@ def contents(
                 fields=_limited(fields, rules, warnings),
                 uid=uids[row],
                 reason=image_reason or caption_reason,
+                choices=choices,
             )
         )
     return result
@@ -208,6 +215,17 @@ def _checked_caption(cell: bytes | bool, rules: ReadRules) -> tuple[str | None, 
     if isinstance(cell, bytes):
         return caption_of(cell, rules)
     return None, "caption:not_text" if cell else "caption:missing"
+
+
+def _choices(
+    fields: dict[str, Any], cell: bytes | bool, rules: ReadRules, warnings: Counter[str]
+) -> tuple[tuple[Choice, ...], str | None]:
+    """All captions of a row: json.NAME is the column NAME, any other field the caption column."""
+    offered = [
+        (name, fields.get(name[5:]) if name.startswith("json.") else (cell if cell is not False else None))
+        for name in rules.best_caption_of
+    ]
+    return choices_of(offered, max_bytes=rules.max_caption_bytes, most=rules.max_captions, warnings=warnings)
 
 
 def _uids(column: pa.Array, *, warnings: Counter[str]) -> list[str | None]:

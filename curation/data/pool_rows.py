@@ -27,7 +27,7 @@ ROWS_AT_A_TIME = 512
 def read_pool(run: str, columns: Sequence[str]) -> pa.Table:
     """Columns of all rows that were embedded, in order of address. ValueError if there is none."""
     parts = []
-    for shard in _shards(run):
+    for shard in embedded_shards(run):
         table = tables.read(run, shard.number, list(dict.fromkeys([*columns, "status"])))
         parts.append(table.filter(pc.field("status") == "ok").select(list(columns)))
     whole = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
@@ -47,7 +47,7 @@ def read_pixels(run: str, *, side: int, rules: ReadRules, max_pixels: int) -> np
 
     parts: list[np.ndarray] = []
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for shard in _shards(run):
+        for shard in embedded_shards(run):
             wanted = np.flatnonzero(tables.read(run, shard.number, ["status"])["status"].to_numpy() == "ok")
             for at in range(0, len(wanted), ROWS_AT_A_TIME):
                 read = read_rows(run, shard.number, shard.url, wanted[at : at + ROWS_AT_A_TIME], [], rules=rules)
@@ -81,7 +81,7 @@ def selected_uids(source: str) -> list[str]:
         return pq.read_table(file, columns=["uid"])["uid"].to_pylist()
 
 
-def _shards(run: str) -> list[Shard]:
+def embedded_shards(run: str) -> list[Shard]:
     """The shards that are embedded and not retired."""
     embedded = manifest.committed(run, "embed")
     return [shard for shard in shard_list.load(run) if shard.number in embedded and not shard.retired]

@@ -7,6 +7,7 @@ are thousands; N of them.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ FACT_SIDE = 128
 class RatedImages(NamedTuple):
     """Percentiles (N,), 0 for the highest rating; facts (N, 4) as in FACTS; small images (N, S, S, 3) uint8."""
 
+    addresses: np.ndarray
     percentile: np.ndarray
     facts: np.ndarray
     images: np.ndarray
@@ -45,11 +47,11 @@ def rated_images(run: str, column: str, *, limit: int, side: int, rules: ReadRul
     if not len(whole):
         raise ValueError(f"run: {run} has no row with a value in {column!r}")
     where = whole["address"].to_numpy()
-    found: list[tuple[float, np.ndarray, np.ndarray]] = []
+    found: list[tuple[int, float, np.ndarray, np.ndarray]] = []
     for number in np.unique(shard_of(where)).tolist():
         here = whole.filter(pa.array(shard_of(where) == number)).sort_by("address")
         rows = row_of(here["address"].to_numpy())
-        for row, percentile in zip(rows, here[column].to_pylist(), strict=True):
+        for row, (address, percentile) in zip(rows, _pairs(here, column), strict=True):
             # One at a time: the sample is thin, and neighbouring rows would be read for nothing.
             [read] = read_rows(run, number, shards[number], np.array([row]), [], rules=rules).images
             try:
@@ -57,11 +59,17 @@ def rated_images(run: str, column: str, *, limit: int, side: int, rules: ReadRul
                 facts = pixels(read.image, max_pixels=max_pixels, resize=_facts_of).pixels
             except ImageError:
                 continue
-            found.append((percentile, np.array([len(read.image), *facts]), image))
+            found.append((address, percentile, np.array([len(read.image), *facts]), image))
     if not found:
         raise ValueError(f"run: {run}: no image of the sample can be decoded any more")
-    percentile, facts, images = zip(*found, strict=True)
-    return RatedImages(np.array(percentile), np.stack(facts), np.stack(images), len(whole) - len(found))
+    address, percentile, facts, images = zip(*found, strict=True)
+    return RatedImages(
+        np.array(address), np.array(percentile), np.stack(facts), np.stack(images), len(whole) - len(found)
+    )
+
+
+def _pairs(table: pa.Table, column: str) -> Iterator[tuple[int, float]]:
+    return zip(table["address"].to_pylist(), table[column].to_pylist(), strict=True)
 
 
 def _lowest(run: str, numbers: list[int], column: str, limit: int) -> pa.Table:

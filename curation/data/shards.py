@@ -26,6 +26,7 @@ from functools import cached_property, lru_cache
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeGuard
 
 from curation.addresses import MAX_ROWS_PER_SHARD
+from curation.data.captions import LEFT_OUT, TOO_MANY, Choice, choices_of, is_blank
 from curation.data.tar import Member, TarReader
 
 DROP_REASONS: dict[str, str] = {
@@ -78,6 +79,8 @@ WARNINGS: dict[str, str] = {
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
     "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
     "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
+    LEFT_OUT: "with best_caption_of: a text that cannot be a caption; the sample has others, or is dropped",
+    TOO_MANY: "with best_caption_of: more than max_captions captions; the first ones are kept",
     "uid:malformed": "a uid is not 32 hex digits; the sample has the uid of its content",
     "image:not_plain_jpeg": "no plain JPEG: with resize fast, it was decoded and resized the exact way",
     "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
@@ -111,6 +114,11 @@ class ReadRules:
 
     caption_field: str = "txt"
     """An extension, or `json.NAME` for a field of the json."""
+    best_caption_of: tuple[str, ...] = ()
+    """In place of caption_field: fields of the same kind, also json fields that hold lists. All their captions come
+    with the sample, and the model that embeds it chooses."""
+    max_captions: int = 16
+    """Of those, at most so many."""
     image_fields: tuple[str, ...] = ("jpg", "png", "jpeg", "webp")
     """Extensions; the first that is present is the image (open_clip's order)."""
     caption_column: str | None = None
@@ -129,7 +137,14 @@ class ReadRules:
     def __post_init__(self) -> None:
         if not self.image_fields:
             raise ValueError("image_fields must name at least one extension, got none")
-        for extension in (*self.image_fields, *([] if self.json_caption else [self.caption_field])):
+        if self.best_caption_of and self.caption_field != "txt":
+            raise ValueError(
+                f"give caption_field or best_caption_of, got both: {self.caption_field!r}, {self.best_caption_of}"
+            )
+        if "json." in self.best_caption_of or len(set(self.best_caption_of)) < len(self.best_caption_of):
+            raise ValueError(f"best_caption_of must name fields, each once, got {self.best_caption_of}")
+        members = [name for name in self.caption_fields if not name.startswith("json.") or name == "json."]
+        for extension in (*self.image_fields, *members):
             if not extension or extension != extension.lower() or extension.strip(".") != extension or "/" in extension:
                 raise ValueError(
                     f"image_fields and caption_field must be lower-case extensions without a dot around them "
@@ -137,9 +152,14 @@ class ReadRules:
                 )
         if "" in (self.caption_column, self.image_column):
             raise ValueError("caption_column and image_column must name a column, got an empty name")
-        for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields"):
+        for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields", "max_captions"):
             if getattr(self, limit) < 1:
                 raise ValueError(f"{limit} must be at least 1, got {getattr(self, limit)}")
+
+    @property
+    def caption_fields(self) -> tuple[str, ...]:
+        """Where captions are looked for."""
+        return self.best_caption_of or (self.caption_field,)
 
     @property
     def json_caption(self) -> str:
@@ -155,7 +175,8 @@ class ReadRules:
     def _limits(self) -> dict[str, int]:
         """Extension -> how much to hold of a member that has it."""
         limits = dict.fromkeys(self.image_fields, self.max_image_bytes)
-        for extension, limit in ((self.caption_field, self.max_caption_bytes), ("json", self.max_json_bytes)):
+        captions = [(name, self.max_caption_bytes) for name in self.caption_fields if not name.startswith("json.")]
+        for extension, limit in (*captions, ("json", self.max_json_bytes)):
             limits[extension] = max(limit, limits.get(extension, 0))
         return limits
 
@@ -178,6 +199,8 @@ class Sample:
     """Of the image bytes, 64 hex digits."""
     reason: str | None
     """None, or one of DROP_REASONS."""
+    choices: tuple[Choice, ...] = ()
+    """With best_caption_of: its captions, of which `caption` is the first."""
 
 
 class ShardReader:
@@ -232,7 +255,11 @@ class ShardReader:
         rules, members = self._rules, group.members
         fields, is_json_broken = self._read_json(members.get("json"))
         image = next((members[extension] for extension in rules.image_fields if extension in members), None)
-        if rules.json_caption:
+        choices: tuple[Choice, ...] = ()
+        if rules.best_caption_of:
+            choices, caption_reason = self._choices(members, fields, is_json_broken)
+            caption = choices[0].text if choices else None
+        elif rules.json_caption:
             caption, caption_reason = _json_caption(fields, is_json_broken, rules)
         else:
             caption, caption_reason = _member_caption(members.get(rules.caption_field), rules)
@@ -253,7 +280,28 @@ class ShardReader:
             self.warnings["json:too_many_fields"] += 1
             fields = dict(list(fields.items())[: rules.max_json_fields])
         data = None if image is None or image.size > rules.max_image_bytes else image.data
-        return Content(group.key, group.offset, data, caption, fields, uid and uid.lower(), reason)
+        return Content(group.key, group.offset, data, caption, fields, uid and uid.lower(), reason, choices)
+
+    def _choices(
+        self, members: Mapping[str, Member], fields: Mapping[str, Any], is_json_broken: bool
+    ) -> tuple[tuple[Choice, ...], str | None]:
+        """All captions of a sample, and if there is none the reason."""
+
+        def held(name: str) -> Any:
+            if name.startswith("json."):
+                return fields.get(name[5:])
+            member = members.get(name)
+            if member is None:
+                return None
+            # What was not held is too large: one byte more than is allowed says so.
+            return bytes(rules.max_caption_bytes + 1) if member.data is None else member.data
+
+        rules = self._rules
+        offered = [(name, held(name)) for name in rules.best_caption_of]
+        choices, reason = choices_of(
+            offered, max_bytes=rules.max_caption_bytes, most=rules.max_captions, warnings=self.warnings
+        )
+        return choices, "caption:unreadable" if reason == "caption:missing" and is_json_broken else reason
 
     def _read_json(self, member: Member | None) -> tuple[dict[str, Any], bool]:
         """The json's fields, and whether there is a json that could not be read. Broken is counted, not a drop."""
@@ -333,6 +381,7 @@ def sample_of(content: Content, *, row: int, shard: bytes) -> Sample:
         fields=content.fields,
         sha256=None if content.image is None else hashlib.sha256(content.image).hexdigest(),
         reason=content.reason,
+        choices=content.choices,
     )
 
 
@@ -380,6 +429,7 @@ class Content(NamedTuple):
     fields: dict[str, Any]
     uid: str | None
     reason: str | None
+    choices: tuple[Choice, ...] = ()
 
 
 def _groups(tar: TarReader) -> Iterator[tuple[_Group | None, list[Member]]]:
@@ -427,7 +477,7 @@ def caption_of(data: bytes, rules: ReadRules) -> tuple[str | None, str | None]:
         caption = data.decode("utf-8")
     except UnicodeDecodeError:
         return None, "caption:not_utf8"
-    return caption, "caption:empty" if _is_blank(caption) else None
+    return caption, "caption:empty" if is_blank(caption) else None
 
 
 def _member_caption(member: Member | None, rules: ReadRules) -> tuple[str | None, str | None]:
@@ -448,11 +498,7 @@ def _json_caption(fields: dict[str, Any], is_json_broken: bool, rules: ReadRules
         return None, "caption:not_text"
     if len(caption.encode("utf-8")) > rules.max_caption_bytes:
         return None, "caption:too_large"
-    return caption, "caption:empty" if _is_blank(caption) else None
-
-
-def _is_blank(caption: str) -> bool:
-    return not caption.replace("\ufeff", "").strip()
+    return caption, "caption:empty" if is_blank(caption) else None
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.columns import FORMAT_VERSION, JSON_PREFIX, sample_schema
+from curation.columns import CAPTION_FROM, FORMAT_VERSION, JSON_PREFIX, sample_schema
 from curation.data import storage
 from curation.data.json_columns import as_text, json_column
 from curation.data.manifest import shard_name
@@ -71,6 +71,8 @@ def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequenc
     ok = np.asarray([status == "ok" for status in columns["status"]], dtype=bool)
     dim = np.shape(columns["image_embedding"])[1]
     schema = sample_schema(dim).with_metadata({"format_version": str(FORMAT_VERSION)})
+    if CAPTION_FROM in columns:
+        schema = schema.append(pa.field(CAPTION_FROM, pa.string()))
     arrays = []
     for field in schema:
         value = columns[field.name]

@@ -6,6 +6,7 @@ gives the same bytes. Layouts are those of img2dataset, DataComp (`resharder.py`
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -92,10 +93,11 @@ def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> No
 def write_tar(folder: str, index: int, rows: pa.Table, *, rules: ReadRules) -> int:
     """One curated tar (rows: KEPT_SCHEMA) with its _stats.json and its parquet of origins; returns its samples.
 
-    The members' bytes are those of the pool; a row of a parquet file becomes an image, a json of its other columns
-    (with `uid`, by which DataComp finds it) and a txt. A key stays as it was, unless it could leave the folder ("../",
-    "/", "\\") or has control characters, when the uid takes its place, or was used in this tar before, when "-1", "-2",
-    ... follow; so do a sample's further copies. A member whose extension could do as much is left out.
+    The members' bytes are those of the pool; where captions are chosen, the txt is the row's caption. A row of a
+    parquet file becomes an image, a json of its other columns (with `uid`, by which DataComp finds it) and a txt. A key
+    stays as it was, unless it could leave the folder ("../", "/", "\\") or has control characters, when the uid takes
+    its place, or was used in this tar before, when "-1", "-2", ... follow; so do a sample's further copies. A member
+    whose extension could do as much is left out.
     OSError if a shard cannot be read, or no longer holds the sample.
     """
     tar_name, origin_name, stats_name = _file_names(index)
@@ -166,7 +168,8 @@ def _from_tar(
         if {key for key, _ in names} != {row["key"]} or row["sha256"] not in images:
             raise _edited(row)
         extensions = [extension for _, extension in names]
-        yield row, [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
+        kept = [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
+        yield row, _with_caption(kept, row["caption"]) if rules.best_caption_of else kept
 
 
 def _from_parquet(
@@ -178,9 +181,19 @@ def _from_parquet(
             found = sample.key, sample.offset, sample.sha256
             if found != (row["key"], row["offset"], row["sha256"]) or sample.image is None or sample.caption is None:
                 raise _edited(row)
+            if rules.best_caption_of:
+                sample = dataclasses.replace(sample, caption=row["caption"])
             yield row, _members_of(sample, row)
     except ValueError as error:
         raise _edited(rows[0]) from error
+
+
+def _with_caption(members: list[tuple[str, bytes]], caption: str) -> list[tuple[str, bytes]]:
+    """The members with the chosen caption as their txt, in its place or at the end: trainers read no other."""
+    chosen = ("txt", caption.encode())
+    if all(name != "txt" for name, _ in members):
+        return [*members, chosen]
+    return [chosen if name == "txt" else (name, data) for name, data in members]
 
 
 def _members_of(sample: Sample, row: Mapping[str, Any]) -> list[tuple[str, bytes]]:

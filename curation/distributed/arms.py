@@ -6,7 +6,7 @@ N rows of the pool, k rows of an arm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,20 +19,36 @@ from curation.models.frozen import frozen_digest
 from curation.models.registry import weights_digest
 from curation.numerics import sampling
 from curation.recipe.curate import Embed
-from curation.recipe.evaluate import Arm
+from curation.recipe.evaluate import STRAW_MEN, Arm, Judged
 from curation.recipe.parts import WeightsSource
 from curation.selector import Rows
 
 EVERYTHING = "full"
+J = TypeVar("J", bound=Judged)
 Told = Callable[[Mapping[str, Mapping[str, int]], Sequence[str]], None]
 """Hears, before any figure, the overlap of each arm and the warnings."""
+
+
+def with_straw_men(recipe: J) -> tuple[J, list[str]]:
+    """The recipe with an arm for each straw man whose column the run has, and what is said of those it has not."""
+    if not recipe.straw_men:
+        return recipe, []
+    there = tables.column_names(recipe.run, min(manifest.committed(recipe.run, "embed")))
+    wanted = {name: column for name, column in STRAW_MEN.items() if name not in {a.name for a in recipe.all_arms()}}
+    notes = [
+        f"no arm {name}: the run has no column {column} (docs/evaluation.md says what makes it)"
+        for name, column in wanted.items()
+        if column not in there
+    ]
+    added = tuple(name for name, column in wanted.items() if column in there)
+    return recipe.model_copy(update={"arms": (*recipe.arms, *added), "straw_men": False}), notes
 
 
 def columns_of(arms: Sequence[Arm], *, selected_on: str) -> list[str]:
     """The columns that the arms' methods need, with the uid and the content's hash."""
     needs = {"uid", "sha256"}
     for arm in arms:
-        if arm.source in selector_names():
+        if _is_method(arm):
             needs |= _selector(arm, selected_on).needs
     return sorted(needs)
 
@@ -45,7 +61,7 @@ def choose(arm: Arm, pool: pa.Table, *, keep: int, selected_on: str, seed: int, 
     """
     if arm.source == EVERYTHING:
         return _cut(np.arange(len(pool)), keep=keep, seed=seed) if cut_full else np.arange(len(pool))
-    if arm.source in selector_names():
+    if _is_method(arm):
         selector = _selector(arm, selected_on)
         chosen = selector.select(_rows(pool, selector.needs), keep, 0.0, torch.Generator().manual_seed(seed))
         return np.sort(chosen.indices.numpy())
@@ -87,8 +103,14 @@ def networks_of(run: str, column: str) -> frozenset[str]:
     return frozenset(str(record["made_by"]["weights"]) for record in pieces.values())
 
 
+def _is_method(arm: Arm) -> bool:
+    return arm.source in STRAW_MEN or arm.source in selector_names()
+
+
 def _selector(arm: Arm, selected_on: str) -> Any:
-    """The arm's method, on the column that the study selects on if it has a field for it."""
+    """The arm's method, on the column that the study selects on if it has a field for it; a straw man has its own."""
+    if arm.source in STRAW_MEN:
+        return load_selector("clip_score", column=STRAW_MEN[arm.source])
     selector = load_selector(arm.source)
     return load_selector(arm.source, column=selected_on) if hasattr(selector, "column") else selector
 

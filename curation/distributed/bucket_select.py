@@ -253,7 +253,10 @@ def _decide_run(
     """Decide a run of buckets, unless it is decided: its account."""
     url, account_url = (storage.join(buckets.folder, "kept", f"{place:08d}.{end}") for end in ("npy", "json"))
     if storage.exists(account_url):
-        return json.loads(storage.read_bytes(account_url))
+        account = json.loads(storage.read_bytes(account_url))
+        # Code that parts the buckets otherwise must not take this for all that it would decide here.
+        if account.get("buckets") == [run.start, run.stop]:
+            return account
     rows, of_bucket = _read_run(buckets, run, num_groups)
     kept, sweep = [np.zeros(0, KEPT_DTYPE)], np.zeros(len(SWEEP), np.int64)
     for bucket in run:
@@ -270,7 +273,12 @@ def _decide_run(
     whole = np.concatenate(kept)
     with storage.write_atomic(url) as file:
         np.save(file, whole[np.argsort(whole["address"], kind="stable")])
-    account = {"rows": len(rows), "kept": len(whole), "sweep": sweep.tolist()}
+    account = {
+        "buckets": [run.start, run.stop],
+        "rows": len(rows),
+        "kept": len(whole),
+        "sweep": sweep.tolist(),
+    }
     storage.write_bytes(account_url, json.dumps(account).encode())
     return account
 

@@ -24,7 +24,8 @@ FELL_BACK = "image:not_plain_jpeg"
 
 
 class Decoded(NamedTuple):
-    """A sample without its image bytes: pixels (H, W, 3) uint8 and tokens (L,), unless it is dropped for `reason`."""
+    """A sample without its image bytes: pixels (H, W, 3) uint8 and tokens (M, L) of its captions, unless it is dropped
+    for `reason`. M is 1, or as many as its choices."""
 
     sample: Sample
     reason: str | None
@@ -66,7 +67,7 @@ class SampleDecoder:
         except ImageError as error:
             size = error.width, error.height
             return Decoded(bare, error.reason, None, None, *size, time.perf_counter() - begun, decoded=True)
-        tokens = self._tokenize([sample.caption])[0]
+        tokens = self._tokenize([choice.text for choice in sample.choices] or [sample.caption])
         seconds = time.perf_counter() - begun
         return Decoded(bare, None, image.pixels, tokens, image.width, image.height, seconds, True, image.fell_back)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,12 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.data.lease import Lease
 from curation.data.pool_rows import read_pixels, read_pool
-from curation.distributed.arms import Told, choose, columns_of, overlap, shared_features
+from curation.distributed.arms import Told, choose, columns_of, overlap, shared_features, with_straw_men
 from curation.distributed.diffusion_loop import Unit, diffusion_loop, is_done, load_array, save_array, unit_url
 from curation.distributed.resources import cluster
 from curation.distributed.subset_study import checked_run
 from curation.distributed.train import REPORT_POLL_S, TrainFailed, cause_of
-from curation.evaluation.compare import Reference
+from curation.evaluation.compare import MAX_WIDTH, Reference
 from curation.evaluation.memorisation import MEMORISED_BELOW, memorisation, nearest_train_ratio
 from curation.models.frozen import frozen_digest
 from curation.recipe.evaluate import DiffusionRecipe
@@ -43,7 +44,18 @@ from curation.recipe.parts import Pool
 SHOWN = 25
 """Samples of each model on the page."""
 MAX_FAILURES = 2
-NOT_THE_STUDY = {"arms", "seeds", "workers", "device", "name", "output", "run", "checkpoint_every", "sample_batch"}
+NOT_THE_STUDY = {
+    "arms",
+    "straw_men",
+    "seeds",
+    "workers",
+    "device",
+    "name",
+    "output",
+    "run",
+    "checkpoint_every",
+    "sample_batch",
+}
 """Fields that may change from one start to the next: they add models, or do not change them."""
 
 
@@ -57,6 +69,7 @@ class DiffusionStudy:
     overlap: dict[str, dict[str, int]]
     units: list[dict[str, Any]]
     warnings: list[str]
+    notes: list[str]
     format_version: int = FORMAT_VERSION
 
 
@@ -68,6 +81,7 @@ def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, war
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
     recipe = recipe.model_copy(update={"run": checked_run(recipe.run), "output": storage.absolute(recipe.output)})
+    recipe, notes = with_straw_men(recipe)
     with Lease(recipe.output):
         _commit_to(recipe)
         arms = recipe.all_arms()
@@ -87,20 +101,22 @@ def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, war
         todo = sorted((unit for unit in units if not is_done(recipe.output, unit)), key=lambda unit: -unit.steps)
         if todo or not storage.exists(storage.join(recipe.output, "features.npy")):
             _train(recipe, todo)
-        study = _measured(recipe, units, held, warnings=warnings)
+        study = _measured(recipe, units, held, warnings=warnings, notes=notes)
         storage.write_bytes(
             storage.join(recipe.output, "diffusion.json"), json.dumps(dataclasses.asdict(study), indent=1).encode()
         )
     return study
 
 
-def samples_of(recipe: DiffusionRecipe, *, shown: int = SHOWN) -> dict[str, np.ndarray]:
+def samples_of(recipe: DiffusionRecipe, arms: Iterable[str], *, shown: int = SHOWN) -> dict[str, np.ndarray]:
     """The first samples (n, S, S, 3) uint8 of each arm's model at the first seed: the same noise for all arms."""
     output = storage.absolute(recipe.output)
-    return {
-        arm.name: load_array(unit_url(output, Unit(arm.name, recipe.seed, 0), "samples.npy"))[:shown]
-        for arm in recipe.all_arms()
-    }
+    return {name: load_array(unit_url(output, Unit(name, recipe.seed, 0), "samples.npy"))[:shown] for name in arms}
+
+
+def real_images(recipe: DiffusionRecipe, *, shown: int = SHOWN) -> np.ndarray:
+    """The pool's first images (n, S, S, 3) uint8 as the models were shown them."""
+    return load_array(storage.join(storage.absolute(recipe.output), "images.npy"))[:shown]
 
 
 def _commit_to(recipe: DiffusionRecipe) -> None:
@@ -176,11 +192,18 @@ def _train(recipe: DiffusionRecipe, units: list[Unit]) -> None:
 
 
 def _measured(
-    recipe: DiffusionRecipe, units: list[Unit], held: dict[str, dict[str, int]], *, warnings: list[str]
+    recipe: DiffusionRecipe,
+    units: list[Unit],
+    held: dict[str, dict[str, int]],
+    *,
+    warnings: list[str],
+    notes: list[str],
 ) -> DiffusionStudy:
     """All figures, from what the units left."""
     features = torch.from_numpy(load_array(storage.join(recipe.output, "features.npy")))
     reference = Reference(features, max_width=recipe.max_width)
+    # Selections are often smaller than the features are wide: their own rows are compared in fewer directions.
+    control = reference if recipe.max_width <= MAX_WIDTH else Reference(features, max_width=MAX_WIDTH)
     samples = {unit: torch.from_numpy(load_array(unit_url(recipe.output, unit, "features.npy"))) for unit in units}
     trained_on = {unit: features[load_array(unit_url(recipe.output, unit, "rows.npy"))] for unit in units}
     fresh = {
@@ -190,7 +213,7 @@ def _measured(
     figures: dict[str, dict[str, list[float]]] = {}
     told: list[dict[str, Any]] = []
     for unit in units:
-        figure = _of_one(unit, samples[unit], trained_on[unit], reference, keep=recipe.keep)
+        figure = _of_one(unit, samples[unit], trained_on[unit], reference, control=control, keep=recipe.keep)
         if num_fresh >= 2:
             figure["distance_unmemorised"] = reference.distance(fresh[unit][:num_fresh])
         told.append({**dataclasses.asdict(unit), "unmemorised_samples": len(fresh[unit]), **figure})
@@ -198,15 +221,17 @@ def _measured(
             figures.setdefault(unit.arm, {}).setdefault(name, []).append(value)
     network = recipe.network
     named = f"{network.library} {network.model}, {features.shape[1]} numbers"
-    return DiffusionStudy(named, recipe.samples, figures, held, told, warnings)
+    return DiffusionStudy(named, recipe.samples, figures, held, told, warnings, notes)
 
 
-def _of_one(unit: Unit, samples: Tensor, trained_on: Tensor, reference: Reference, *, keep: int) -> dict[str, float]:
+def _of_one(
+    unit: Unit, samples: Tensor, trained_on: Tensor, reference: Reference, *, control: Reference, keep: int
+) -> dict[str, float]:
     """One model's figures; the distance of its own training rows only where they are as many as in other arms."""
     num_compared = min(len(samples), reference.rows)
     compared = reference.compare({unit.name: samples[:num_compared]}, seed=unit.seed)[unit.name]
     figure = {name: value for name, value in compared._asdict().items() if name != "rows"}
     figure |= memorisation(samples, trained_on)._asdict()
     if len(trained_on) == keep:
-        figure["distance_of_training_rows"] = reference.distance(trained_on)
+        figure["distance_of_training_rows"] = control.distance(trained_on)
     return figure

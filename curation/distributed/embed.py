@@ -7,26 +7,29 @@ piece's bytes depend on the shard alone, whatever else runs, dies or is retried.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from curation import addresses
+from curation.columns import CAPTION_FROM
 from curation.data import manifest, storage, tables
 from curation.data.attempts import CRASHES_WORKER
 from curation.data.open_shard import file_of, open_shard
 from curation.data.open_shard import fingerprint as fingerprint_of
 from curation.data.shards import ReadRules, Sample, content_uid, shard_name
 from curation.distributed.decode import FELL_BACK, Decoded, ReadAhead, SampleDecoder
+from curation.distributed.energy import EnergyMeter
 from curation.distributed.roster import Attempt, bench
 from curation.models.clip import Precision, Towers, load_towers
 from curation.numerics.contrastive import cosine
@@ -59,6 +62,33 @@ class EmbedSpec:
     """The name under which the roster keeps this run's attempts at shards; "": nobody does."""
 
 
+class Embedded(NamedTuple):
+    """Of n rows: image and text embeddings (n, D) float16, scores (n,) float32, and which of its captions each row's
+    text is of (n,)."""
+
+    image_ND: np.ndarray
+    text_ND: np.ndarray
+    scores: np.ndarray
+    choices: list[int]
+
+
+class Chosen(NamedTuple):
+    """Of n rows the best caption: its place among all captions (n,) and among the row's own (n,)."""
+
+    places: torch.Tensor
+    choices: list[int]
+
+
+def best_captions(image_ND: torch.Tensor, text_MD: torch.Tensor, counts: Sequence[int]) -> Chosen:
+    """Of each image's captions, `counts` many in a row, the one with the highest cosine; the first among equals."""
+    row_of_caption = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    # A caption for which the model gave NaN is no better than any other.
+    scores_M = cosine(image_ND[row_of_caption], text_MD).nan_to_num(nan=-torch.inf)
+    choices = [int(own.argmax()) for own in scores_M.split(list(counts))]
+    starts = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+    return Chosen(starts + torch.tensor(choices), choices)
+
+
 class BatchEmbedder:
     """A model that embeds rows in batches of one shape; one caller at a time."""
 
@@ -72,6 +102,7 @@ class BatchEmbedder:
             precision=spec.precision,
             device=spec.device,
         )
+        self._meter = EnergyMeter(spec.device)
         self.batch_size = self._wanted_batch_size = spec.batch_size
         """Halved for good when the GPU runs out of memory: rows are never lost, only slower."""
 
@@ -81,9 +112,10 @@ class BatchEmbedder:
             begun = time.perf_counter()
             with attempt.forward():
                 embedded = self._embedded(batch)
-            piece.embedded(batch, *embedded)
+            piece.embedded(batch, embedded)
             piece.seconds["forward"] += time.perf_counter() - begun
             piece.batch_ends.append((time.time(), len(batch)))
+        piece.joules = self._meter.used()
 
     def facts(self) -> dict[str, Any]:
         """What a piece's record says of the model."""
@@ -98,30 +130,30 @@ class BatchEmbedder:
         is_halved = self.batch_size < self._wanted_batch_size
         return {"gpu:batch_halved": self._wanted_batch_size // self.batch_size} if is_halved else {}
 
-    def _embedded(self, rows: list[Decoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image and text embeddings (n, D) float16 and scores (n,) float32 of at most a batch of rows."""
+    def _embedded(self, rows: list[Decoded]) -> Embedded:
+        """What the model makes of at most a batch of rows."""
         pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
-        tokens = torch.stack([row.tokens for row in rows if row.tokens is not None])
+        tokens = [row.tokens for row in rows if row.tokens is not None]
         while True:
             try:
-                parts = [
-                    self._forward(pixels[at : at + self.batch_size], tokens[at : at + self.batch_size])
-                    for at in range(0, len(rows), self.batch_size)
-                ]
+                image_ND = self._forward(self.towers.embed_images, pixels)
+                text_MD = self._forward(self.towers.embed_texts, torch.cat(tokens))
                 break
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 self.batch_size = -(-self.batch_size // 2)
                 torch.cuda.empty_cache()
-        image_ND, text_ND = (torch.cat(column) for column in zip(*parts, strict=True))
-        return image_ND.half().numpy(), text_ND.half().numpy(), cosine(image_ND, text_ND).numpy()
+        chosen = best_captions(image_ND, text_MD, [len(captions) for captions in tokens])
+        text_ND = text_MD[chosen.places]
+        scores = cosine(image_ND, text_ND).numpy()
+        return Embedded(image_ND.half().numpy(), text_ND.half().numpy(), scores, chosen.choices)
 
-    def _forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        n = len(pixels)
-        image_ND = self.towers.embed_images(_padded(pixels, self.batch_size))[:n]
-        text_ND = self.towers.embed_texts(_padded(tokens, self.batch_size))[:n]
-        return image_ND.float().cpu(), text_ND.float().cpu()
+    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """(n, D) float32 of inputs (n, ...), in batches of one shape."""
+        size = self.batch_size
+        parts = [inputs[at : at + size] for at in range(0, len(inputs), size)]
+        return torch.cat([tower(_padded(part, size))[: len(part)].float().cpu() for part in parts])
 
 
 class ShardEmbed:
@@ -162,7 +194,7 @@ class ShardEmbed:
     def _commit(self, number: int, url: str, fingerprint: str, attempt: Attempt) -> dict[str, Any]:
         """Embed one shard, write its table and its manifest. OSError if it cannot be read, or changed meanwhile."""
         spec = self._spec
-        piece = Piece(self._embedder.towers.embedding_dim)
+        piece = Piece(self._embedder.towers.embedding_dim, chooses=bool(spec.rules.best_caption_of))
         ahead = AHEAD_BATCHES * spec.batch_size + spec.decode_threads
         with (
             open_shard(url, spec.rules) as reader,
@@ -188,6 +220,7 @@ class ShardEmbed:
             "warnings": dict(sorted((reader.warnings + piece.warnings()).items())) | self._embedder.warnings(),
             **self._embedder.facts(),
             "seconds": {name: round(value, 4) for name, value in piece.seconds.items()},
+            "joules": piece.joules,
         }
         manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
         return {**record, "batch_ends": piece.batch_ends}
@@ -211,7 +244,7 @@ def set_aside(spec: EmbedSpec, number: int, url: str, embedder: BatchEmbedder) -
     sample = Sample(
         row=0, offset=0, key="@0", uid=uid, image=None, caption=None, fields={}, sha256=None, reason=CRASHES_WORKER
     )
-    piece = Piece(embedder.towers.embedding_dim)
+    piece = Piece(embedder.towers.embedding_dim, chooses=bool(spec.rules.best_caption_of))
     assert next(piece.received(iter([Decoded(sample, CRASHES_WORKER)])), None) is None
     tables.write(spec.output, number, piece.table(number, url))
     record = {
@@ -224,6 +257,7 @@ def set_aside(spec: EmbedSpec, number: int, url: str, embedder: BatchEmbedder) -
         "warnings": {"shard:set_aside": 1},
         **embedder.facts(),
         "seconds": piece.seconds,
+        "joules": piece.joules,
     }
     manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
     return {**record, "batch_ends": []}
@@ -232,12 +266,17 @@ def set_aside(spec: EmbedSpec, number: int, url: str, embedder: BatchEmbedder) -
 class Piece:
     """A shard's table, or a part of it, in the making: a row per sample, and the embeddings of those not dropped."""
 
-    def __init__(self, embedding_dim: int):
+    def __init__(self, embedding_dim: int, *, chooses: bool):
+        """`chooses`: samples may have several captions, and the table says where the best of them stood."""
+        self._chooses = chooses
         self._rows: list[Decoded] = []
         self._reasons: list[str | None] = []
+        self._captions_from: dict[int, str] = {}
         empty = np.zeros((0, embedding_dim), np.float16)
         self._images, self._texts, self._scores = [empty], [empty], [np.zeros(0, np.float32)]
         self.seconds = {"wait": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
+        self.joules: float | None = None
+        """Of the model's GPU since the piece before, waiting included; None where nothing counts them."""
         self.batch_ends: list[tuple[float, int]] = []
 
     def received(self, rows: Iterator[Decoded]) -> Iterator[Decoded]:
@@ -254,12 +293,19 @@ class Piece:
             if row.reason is None:
                 yield row
 
-    def embedded(self, rows: list[Decoded], image_ND: np.ndarray, text_ND: np.ndarray, scores: np.ndarray) -> None:
-        """Take the rows' embeddings and scores; a row for which the model gave NaN or infinity is dropped."""
+    def embedded(self, rows: list[Decoded], made: Embedded) -> None:
+        """Take the rows' embeddings, scores and captions; one for which the model gave NaN or infinity is dropped."""
+        image_ND, text_ND, scores, choices = made
         finite = np.isfinite(scores) & np.isfinite(image_ND).all(1) & np.isfinite(text_ND).all(1)
-        for row, is_finite in zip(rows, finite, strict=True):
+        for row, is_finite, choice in zip(rows, finite, choices, strict=True):
+            place = row.sample.row - self._rows[0].sample.row
             if not is_finite:
-                self._reasons[row.sample.row - self._rows[0].sample.row] = "embedding:not_finite"
+                self._reasons[place] = "embedding:not_finite"
+            elif row.sample.choices:
+                where, text = row.sample.choices[choice]
+                self._captions_from[place] = where
+                sample = dataclasses.replace(row.sample, caption=text)
+                self._rows[place] = self._rows[place]._replace(sample=sample)
         self._images.append(image_ND[finite])
         self._texts.append(text_ND[finite])
         self._scores.append(scores[finite])
@@ -285,6 +331,13 @@ class Piece:
         """The shard's sample table."""
         return tables.sample_table(self._columns(number, url), [row.sample.fields for row in self._rows])
 
+    def _chosen_from(self) -> dict[str, list[str | None]]:
+        """Where each caption stood, if they are chosen: of a row that was not embedded, where its first one does."""
+        if not self._chooses:
+            return {}
+        firsts = [row.sample.choices[0].where if row.sample.choices else None for row in self._rows]
+        return {CAPTION_FROM: [self._captions_from.get(place, first) for place, first in enumerate(firsts)]}
+
     def part_table(self, number: int, url: str, *, fields_column: str) -> pa.Table:
         """The rows' part of the shard's sample table, with their json fields as JSON in a column of their own."""
         table = tables.sample_table(self._columns(number, url), [{}] * len(self._rows))
@@ -303,6 +356,7 @@ class Piece:
             "status": ["ok" if reason is None else "dropped" for reason in self._reasons],
             "reason": self._reasons,
             "caption": [row.sample.caption for row in rows],
+            **self._chosen_from(),
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
             "sha256": [row.sample.sha256 for row in rows],

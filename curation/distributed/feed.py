@@ -87,11 +87,15 @@ def blocks(
     steps: range,
     actors: int,
     prefetch: int,
+    reader: type | None = None,
 ) -> Iterator[Block]:
-    """The share's block of each step, in order. OSError if storage fails for good, StaleTable if a shard changed."""
+    """The share's block of each step, in order. OSError if storage fails for good, StaleTable if a shard changed.
+
+    `reader(spec)` reads a planned share: ReadShare, unless a benchmark puts something else in its place.
+    """
     for wave in (steps[at : at + STEPS_PER_WAVE] for at in range(0, len(steps), STEPS_PER_WAVE)):
         plan = [plan_step(step, shards, rounds, share) for step in wave]
-        yield from _read_wave(spec, plan, share, actors=actors, prefetch=prefetch)
+        yield from _read_wave(spec, plan, share, actors=actors, prefetch=prefetch, reader=reader or ReadShare)
 
 
 def plan_step(step: int, shards: Sequence[Offering], rounds: Rounds, share: Share) -> pa.Table:
@@ -105,14 +109,16 @@ def plan_step(step: int, shards: Sequence[Offering], rounds: Rounds, share: Shar
     return pa.table({"step": [step], "number": [numbers], "url": [urls], "rows": [rows]})
 
 
-def _read_wave(spec: FeedSpec, plan: list[pa.Table], share: Share, *, actors: int, prefetch: int) -> Iterator[Block]:
+def _read_wave(
+    spec: FeedSpec, plan: list[pa.Table], share: Share, *, actors: int, prefetch: int, reader: type
+) -> Iterator[Block]:
     size = share.super_batch // share.world_size
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # a block is a share, whatever its size
     with DataContext.current(context):
         data = ray.data.from_arrow(plan).map_batches(
-            ReadShare,
+            reader,
             fn_constructor_args=(spec,),
             batch_size=1,
             batch_format="pyarrow",

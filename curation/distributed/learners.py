@@ -134,25 +134,24 @@ def _mimicked(spec: LearnerSpec, device: torch.device) -> ClipNetwork:
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_evaluation(spec: LearnerSpec) -> Evaluation | None:
-    """What the recipe measures on; None if it measures nothing."""
+def load_evaluation(spec: LearnerSpec, held_out: HeldOut) -> Evaluation:
+    """The held-out samples, ready to be measured on."""
     recipe = spec.recipe
-    evaluate = recipe.evaluate
-    if not evaluate.shards and not evaluate.run:
-        return None
-    held_out = _held_out(spec)
     if recipe.is_classifier:
         return ClassEvaluation(held_out, classes=spec.classes, batch_size=recipe.train.score_batch)
     return PairEvaluation(
         held_out,
         model=recipe.learner.model,
-        templates=evaluate.templates,
+        templates=recipe.evaluate.templates,
         batch_size=recipe.train.score_batch,
     )
 
 
-def _held_out(spec: LearnerSpec) -> HeldOut:
+def load_held_out(spec: LearnerSpec) -> HeldOut | None:
+    """What the recipe measures on; None if it measures nothing."""
     recipe, evaluate = spec.recipe, spec.recipe.evaluate
+    if not evaluate.shards and not evaluate.run:
+        return None
     # A classifier is measured by the labels that it learns, unless others are named.
     label = recipe.data.label if evaluate.label_field is None else JSON_PREFIX + evaluate.label_field
     if evaluate.run:

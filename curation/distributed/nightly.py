@@ -22,8 +22,9 @@ from curation.data.drift import Change
 from curation.data.json_columns import as_text
 from curation.data.lease import Lease
 from curation.data.pieces import Pieces
+from curation.distributed.account import Summary
 from curation.distributed.embed import STAGE as EMBED_STAGE
-from curation.distributed.pipeline import Summary, Watch, curate
+from curation.distributed.pipeline import Watch, curate
 from curation.distributed.resources import cluster, cpus_wanted
 from curation.distributed.stopping import Stop
 from curation.distributed.tasks import in_groups, ordered

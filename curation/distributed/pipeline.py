@@ -7,18 +7,15 @@ import dataclasses
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from ray.exceptions import ActorDiedError
 
-from curation.columns import DROPS_SCHEMA, FORMAT_VERSION
-from curation.data import card, manifest, metadata, parquet_shards, shard_list, storage, tables
+from curation.columns import FORMAT_VERSION
+from curation.data import card, manifest, metadata, parquet_shards, shard_list, storage
 from curation.data.lease import Lease
 from curation.data.open_shard import content_digest
 from curation.data.pieces import Pieces, Record
@@ -27,6 +24,7 @@ from curation.data.shard_list import Shard
 from curation.data.storage import ListedShard
 from curation.distributed import select as selection
 from curation.distributed import versions
+from curation.distributed.account import Embedded, Summary, account, faults, write_drops
 from curation.distributed.audit import write_waterfall_and_audit
 from curation.distributed.cached import CachedEmbed, CachedSpec, with_embeddings
 from curation.distributed.embed import CALLS_AT_A_TIME, EmbedSpec, ShardEmbed
@@ -35,17 +33,18 @@ from curation.distributed.guards import digest_of_lists, guards, lists_at_read
 from curation.distributed.made_columns import make_columns
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place, wait_for_progress
-from curation.distributed.roster import StallWatch, enrolled
+from curation.distributed.roster import enrolled
 from curation.distributed.shard_pool import records_of
 from curation.distributed.staged import staged_shards
+from curation.distributed.stall_watch import StallWatch
 from curation.distributed.stopping import Stop
-from curation.distributed.tasks import in_groups, ordered
 from curation.distributed.write import write_selection
 from curation.models.registry import weights_digest
 from curation.models.resize import load_fast_resize
 from curation.recipe import CurateRecipe
 
 SHARDS_PER_WAVE = 10_000
+SEEN_WITHIN_S = 90.0
 STALLS_UNTIL_THE_END = 7
 """Times `stall_s` without progress after which Ray ends the run: three wedged workers in a row take up to 4.5."""
 
@@ -83,28 +82,6 @@ class Watch:
 
     def stalled(self, lines: list[str]) -> None:
         """Nothing is committed for a while, or a worker was replaced: on whom the run waits, a line each."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The account of a run, as summary.json holds it. `failures` is empty if and only if all is well."""
-
-    read: int
-    embedded: int
-    dropped: dict[str, int]
-    selected: int | None
-    seconds: float
-    images_per_second: dict[str, float]
-    bottleneck: str | None
-    warnings: dict[str, int]
-    waterfall: list[tuple[str, int, int]] = field(default_factory=list)
-    shards: dict[str, int] = field(default_factory=dict)
-    decoded_now: int = 0
-    """Images that this run decoded: 0 when all was committed before."""
-    failures: list[str] = field(default_factory=list)
-    stopped: str | None = None
-    """Why the run ended before its work was done, without fault; nothing was selected then."""
-    format_version: int = FORMAT_VERSION
 
 
 class ActorsFailed(RuntimeError):
@@ -147,13 +124,18 @@ def curate(recipe: CurateRecipe, *, watch: Watch | None = None, stop: Stop | Non
         plan = make_plan(recipe)  # what is wrong with the pool is told before Ray starts
         with cluster(num_cpus=cpus_wanted(recipe.compute)), stop.on_sigterm(interrupts=True):
             embedded = _embed(recipe, plan, watch, stop)
-            summary = _account(embedded, plan)
-            _write_drops(recipe.output, embedded)
-            failures = _failures(summary, embedded.pending, max_drop_fraction=recipe.max_drop_fraction)
+            summary = account(
+                embedded,
+                listed=len(plan.listed),
+                absent=len(plan.absent),
+                retired=sum(shard.retired for shard in plan.shards),
+            )
+            write_drops(recipe.output, embedded)
+            wrong = faults(summary, embedded.pending, max_drop_fraction=recipe.max_drop_fraction)
             stopped = stop.reason if len(embedded.now) + len(embedded.pending) < len(plan.todo) else None
-            if not failures and not stopped:
+            if not wrong and not stopped:
                 summary = _select_and_write(recipe, embedded, summary, watch)
-        summary = _replaced(summary, seconds=round(time.time() - begun, 3), failures=failures, stopped=stopped)
+        summary = dataclasses.replace(summary, seconds=round(time.time() - begun, 3), failures=wrong, stopped=stopped)
         storage.write_bytes(storage.join(recipe.output, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
     return summary
 
@@ -167,19 +149,7 @@ def _resolved(recipe: CurateRecipe) -> CurateRecipe:
     return recipe.model_copy(update={"output": storage.absolute(recipe.output)})
 
 
-class _Embedded(NamedTuple):
-    """What the embedding stage leaves: the run's pieces, the pool's shards among them, and why a shard is pending."""
-
-    pieces: Pieces
-    pool: list[int]
-    now: list[int]
-    pending: dict[str, str]
-    seconds: float
-    spec: EmbedSpec | CachedSpec
-    placement: Placement
-
-
-def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embedded:
+def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> Embedded:
     compute = recipe.compute.model_copy(update={"device": "cpu"}) if recipe.embed.cached else recipe.compute
     placement = place(compute, precision=recipe.embed.precision)
     spec = _embed_spec(recipe, placement)
@@ -205,6 +175,8 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
             if "pending" in record:
                 pending[record["url"]] = record["pending"]
             else:
+                if not now:
+                    _check_shared(recipe.output, record["shard"])
                 now.append(record["shard"])
                 told = {name: value for name, value in record.items() if name != "batch_ends"}
                 pieces.add(record["shard"], {**told, "key": key, "made_by": dict(spec.made_by)})
@@ -216,7 +188,19 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> _Embed
     manifest.index(recipe.output, EMBED_STAGE, pieces)
     shard_list.save(recipe.output, [_with_content(shard, pieces) for shard in plan.shards])
     pool = [shard.number for shard in plan.pool if shard.number in pieces]
-    return _Embedded(pieces, pool, now, pending, seconds, spec, placement)
+    return Embedded(pieces, pool, now, pending, seconds, spec, placement)
+
+
+def _check_shared(output: str, number: int) -> None:
+    """OSError if what a worker committed is not to be seen here. Some network file systems show it late."""
+    url, until = manifest.url_of(output, EMBED_STAGE, number), time.monotonic() + SEEN_WITHIN_S
+    while not storage.exists(url):
+        if time.monotonic() > until:
+            raise OSError(
+                f"a worker committed shard {number}, and {url} is not there: the output must be on storage that all "
+                "nodes share, under the same path"
+            )
+        time.sleep(0.5)
 
 
 def _watched(
@@ -324,97 +308,7 @@ def _with_content(shard: Shard, pieces: Pieces) -> Shard:
     return shard._replace(sha256=record["sha256"], rows=record["read"])
 
 
-def _account(embedded: _Embedded, plan: Plan) -> Summary:
-    """The pool's account, and the rates of what was embedded now."""
-    dropped: Counter[str] = Counter()
-    warnings: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    for number in embedded.pool:
-        record = embedded.pieces[number]
-        dropped.update(record["dropped"])
-        warnings.update(record["warnings"])
-        totals.update(read=record["read"], embedded=record["embedded"])
-    if plan.absent:
-        warnings["shard:absent"] = len(plan.absent)
-    rates, bottleneck = _rates(embedded)
-    return Summary(
-        read=totals["read"],
-        embedded=totals["embedded"],
-        dropped=dict(sorted(dropped.items())),
-        selected=None,
-        seconds=0.0,
-        images_per_second=rates,
-        bottleneck=bottleneck,
-        warnings=dict(sorted(warnings.items())),
-        shards={
-            "listed": len(plan.listed),
-            "committed": len(embedded.pool),
-            "embedded_now": len(embedded.now),
-            "absent": len(plan.absent),
-            "retired": sum(shard.retired for shard in plan.shards),
-        },
-        decoded_now=sum(embedded.pieces[number]["decoded"] for number in embedded.now),
-    )
-
-
-def _rates(embedded: _Embedded) -> tuple[dict[str, float], str | None]:
-    """Images/s by stage (`embed` in all, the others if they alone held the actors), and where the actors' time went."""
-    seconds: Counter[str] = Counter()
-    images = 0
-    for number in embedded.now:
-        record = embedded.pieces[number]
-        seconds.update(record["seconds"])
-        images += record["embedded"]
-    actors = embedded.placement.actors
-    rates = {
-        "embed": _rate(images, embedded.seconds, 1),
-        "decode": _rate(images, seconds["decode"], actors * embedded.spec.decode_threads),
-        "forward": _rate(images, seconds["forward"], actors),
-        "commit": _rate(images, seconds["write"], actors),
-    }
-    spent = {"decode": seconds["wait"], "forward": seconds["forward"], "commit": seconds["write"]}
-    busiest, total = max(spent, key=lambda stage: spent[stage]), sum(spent.values())
-    bottleneck = f"{busiest} ({spent[busiest] / total:.0%} of the actors' time)" if total else None
-    return {stage: round(rate, 1) for stage, rate in rates.items() if rate}, bottleneck
-
-
-def _rate(images: int, seconds: float, workers: int) -> float:
-    return images * workers / seconds if seconds else 0.0
-
-
-def _failures(summary: Summary, pending: dict[str, str], *, max_drop_fraction: float) -> list[str]:
-    failures = [f"shard {url} is pending, run again to read it: {why}" for url, why in sorted(pending.items())]
-    num_dropped = sum(summary.dropped.values())
-    if summary.read != summary.embedded + num_dropped:
-        failures.append(f"read {summary.read} is not embedded {summary.embedded} + dropped {num_dropped}")
-    if num_dropped > max_drop_fraction * summary.read:
-        failures.append(
-            f"{num_dropped} of {summary.read} samples were dropped ({num_dropped / summary.read:.1%}), more than "
-            f"max_drop_fraction {max_drop_fraction:.1%}. What was embedded is committed; raise it and run again, "
-            f"or look at drops.parquet. Reasons: {summary.dropped}"
-        )
-    return failures
-
-
-def _write_drops(output: str, embedded: _Embedded) -> None:
-    """drops.parquet: every dropped sample of the pool with its reason, in order of address."""
-    numbers = [number for number in sorted(embedded.pool) if embedded.pieces[number]["dropped"]]
-    with (
-        storage.write_atomic(storage.join(output, "drops.parquet")) as file,
-        pq.ParquetWriter(file, DROPS_SCHEMA) as out,
-    ):
-        for table in ordered(_drops_of, ((output, group) for group in in_groups(numbers))):
-            out.write_table(table)
-
-
-def _drops_of(output: str, numbers: list[int]) -> pa.Table:
-    """The dropped samples of a group of shards; runs in a task."""
-    columns = ["uid", "shard", "offset", "reason", "status"]
-    table = pa.concat_tables(tables.read(output, number, columns) for number in numbers)
-    return table.filter(pc.field("status") == "dropped").select(DROPS_SCHEMA.names).cast(DROPS_SCHEMA)
-
-
-def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summary, watch: Watch) -> Summary:
+def _select_and_write(recipe: CurateRecipe, embedded: Embedded, summary: Summary, watch: Watch) -> Summary:
     numbers = sorted(embedded.pool)
     watch.stage("select")
     begun = time.time()
@@ -456,8 +350,6 @@ def _select_and_write(recipe: CurateRecipe, embedded: _Embedded, summary: Summar
         "select": round(summary.embedded / select_seconds, 1),
         "write": round(selected.rows / write_seconds, 1),
     }
-    return _replaced(summary, selected=selected.rows, waterfall=waterfall, warnings=warnings, images_per_second=rates)
-
-
-def _replaced(summary: Summary, **changes: Any) -> Summary:
-    return Summary(**{**asdict(summary), **changes})
+    return dataclasses.replace(
+        summary, selected=selected.rows, waterfall=waterfall, warnings=warnings, images_per_second=rates
+    )

@@ -18,6 +18,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 
+from curation.distributed import logs
 from curation.distributed.stopping import Interrupted
 from curation.models.clip import Precision
 from curation.recipe import Compute
@@ -50,7 +51,7 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
     try:
         with _quiet_start():
             if os.environ.get("RAY_ADDRESS"):
-                ray.init(logging_level=logging.ERROR)
+                _join()
             else:
                 _start_local(num_cpus)
         yield
@@ -60,6 +61,11 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
         raise
     finally:
         ray.shutdown()
+
+
+def _join() -> None:
+    workers = logs.workers_runtime_env()
+    ray.init(logging_level=logging.ERROR, runtime_env=workers, log_to_driver=workers is None)
 
 
 def _start_local(num_cpus: int) -> None:
@@ -73,6 +79,7 @@ def _start_local(num_cpus: int) -> None:
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
+        runtime_env=logs.workers_runtime_env(),
     )
 
 

@@ -1,9 +1,10 @@
-"""Who works on which shard: what finds a dead worker's notes, and what tells a driver on whom it waits.
+"""Who works on which shard: what finds a dead worker's notes, and looks what the living ones do.
 
 One small actor beside the driver. A worker asks it before it takes a shard; if another began that shard and
 did not end, a task on that worker's node looks whether it lives, and reads its notes if it does not. So a death counts
 only where its node is still there to tell: a node that is lost or drained takes its workers with it and says nothing.
-A stall is told the same way: each worker's notes, read where it runs. What lasts too long is killed, and Ray redoes it.
+A stall is looked into the same way (stall_watch.py): each worker's notes, read where it runs. What lasts too long is
+killed, and Ray redoes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,13 +47,6 @@ NAME = "curation-roster"
 """The actor's, in the namespace of its driver's job."""
 SLOTS = 4096
 """Steps under way in a process: its decode threads, and a few for each shard."""
-_SAYS = {
-    Step.READ: "reading",
-    Step.DECODE: "decoding",
-    Step.FORWARD: "in the model's forward pass",
-    Step.WRITE: "writing its table",
-}
-
 S = TypeVar("S", bound=Sample)
 
 
@@ -334,82 +328,3 @@ def verdict_of(run: str, shard: int) -> Verdict:
     """What the roster knows of a run's shard."""
     told: Any = ray.get(ray.get_actor(NAME).verdict.remote(run, shard)) if run else Verdict()
     return told
-
-
-class StallWatch:
-    """Says on whom the run waits when nothing was committed for `stall_s`, and has workers replaced that are wedged.
-
-    A thread beside the driver, which tells it each commit.
-    """
-
-    def __init__(self, run: str, *, stall_s: float, urls: Mapping[int, str], say: Callable[[list[str]], None]):
-        self._actor: Any = ray.get_actor(NAME)
-        self._run = run
-        self._stall_s, self._urls, self._say = stall_s, urls, say
-        self._committed = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
-
-    def __enter__(self) -> StallWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(timeout=1.0)
-
-    def committed(self) -> None:
-        """Something was committed."""
-        self._committed = time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(self._stall_s / 2):
-            try:
-                held = ray.get(
-                    self._actor.look.remote(self._run, wedged_after_s=self._stall_s), timeout=2 * ASK_TIMEOUT_S
-                )
-            except RayError as error:
-                held, lines = [], [f"the roster does not answer: {type(error).__name__}"]
-            else:
-                lines = told(held, self._urls)
-            silent_s = time.monotonic() - self._committed
-            replaced = [line for line in lines if line.endswith(REPLACED)]
-            if silent_s >= self._stall_s and not self._ended.is_set():
-                lines = lines or [no_worker()]
-                self._say([f"nothing was committed for {silent_s:,.0f} s; the run waits for:", *lines])
-            elif replaced and not self._ended.is_set():
-                self._say(replaced)
-
-
-REPLACED = "too long: its process was killed, another takes the shard"
-
-
-def told(held: Iterable[Held], urls: Mapping[int, str]) -> list[str]:
-    """What each shard that a worker holds waits for, in words."""
-    lines = []
-    for worker, shards, seen in held:
-        where = f"process {worker.pid} on {worker.host}"
-        for shard, seconds in sorted(shards.items()):
-            line = f"shard {shard} ({urls.get(shard, 'of another wave')}), begun {seconds:,.0f} s ago in {where}: "
-            if seen is None:
-                line += "its node does not answer, or is being taken"
-            elif not seen.alive:
-                line += "the process is dead; Ray has not given the shard to another yet"
-            else:
-                line += ", ".join(_step(step) for step in seen.doing if step.shard == shard) or "waits for its turn"
-                line += f"; {REPLACED}" if seen.killed else ""
-            lines.append(line)
-    return lines
-
-
-def _step(step: Doing) -> str:
-    after = "after the sample at offset" if step.step is Step.READ else "the sample at offset"
-    place = f" {after} {step.offset}" if step.offset != NOWHERE else ""
-    return f"{_SAYS[step.step]}{place} for {step.seconds:,.0f} s"
-
-
-def no_worker() -> str:
-    """Why nobody may hold a shard: what the cluster has, and what of it is free."""
-    have, free = ray.cluster_resources(), ray.available_resources()
-    counts = [f"{free.get(name, 0.0):g} of {have[name]:g} {name}s free" for name in ("CPU", "GPU") if name in have]
-    return f"a worker to begin ({', '.join(counts)}): models are loading, or other work holds what they need"

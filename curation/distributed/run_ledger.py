@@ -10,12 +10,23 @@ from curation.data import score_log
 from curation.data.score_log import LoggedStep, ScoreLog
 from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.ready_batches import LoopSpec, Ready
+from curation.ledger import LedgerSpec
+from curation.recipe import TrainRecipe
 from curation.selector import Rows
 from curation.training.collectives import gather, ranks
 
 LEDGER = "score"
 """The name of the run's ledger."""
+WEIGHTS = "weight"
+"""The name of the further one that keeps the weights, where scores are logged."""
 SNAPSHOTS_KEPT = 2
+
+
+def ledger_specs(recipe: TrainRecipe) -> dict[str, LedgerSpec]:
+    """What the run's ledgers keep; of weights the same statistic as of scores."""
+    kept = recipe.ledger
+    specs = {LEDGER: LedgerSpec(kept.statistic, decay=kept.decay, variance=kept.variance)}
+    return specs | ({WEIGHTS: LedgerSpec(kept.statistic, decay=kept.decay)} if recipe.logs_scores else {})
 
 
 class RunLedger:
@@ -44,7 +55,9 @@ class RunLedger:
         used = ready.picked.trained.numpy()
         self._client.record(LEDGER, addresses.numpy(), values.numpy(), step=ready.number, used=used)
         if self._score_log is not None:
-            self._score_log.add(_logged(ready))
+            logged = _logged(ready)
+            self._client.record(WEIGHTS, logged.addresses, logged.weights, step=ready.number)
+            self._score_log.add(logged)
 
     def recall(self, addresses: torch.Tensor) -> Rows:
         """The ledger's columns (n,) of addresses, as they stand after all ranks' last step. Collective."""

@@ -31,6 +31,7 @@ from curation.data import manifest, step_log, storage
 from curation.data.lease import Lease
 from curation.data.step_log import Row
 from curation.distributed.checkpoint import tag_of
+from curation.distributed.comparison import comparison_of
 from curation.distributed.learners import build_learner
 from curation.distributed.pool_scoring import PoolScoring
 from curation.distributed.ready_batches import LoopSpec, OwnScoring, Ready, ReadyBatches
@@ -214,7 +215,9 @@ class SelectedBatches:
             return pool
         selector = self.recipe.selector()
         recall = ledger.recall if selector.needs & LEDGER_COLUMNS else None
-        return OwnScoring(self._spec, Picker(self._learner, selector, settings_of(self.recipe), recall=recall))
+        compare = comparison_of(self._spec.learner, self._learner)
+        picker = Picker(self._learner, selector, settings_of(self.recipe), recall=recall, compare=compare)
+        return OwnScoring(self._spec, picker)
 
     def _batch(self, ready: Ready) -> SelectedBatch:
         assert ready.sub_batch is not None

@@ -31,10 +31,12 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from curation.data import manifest, storage, tables
+from curation.data.captions import Choice
 from curation.data.json_columns import TOO_DEEP
 from curation.data.open_shard import fingerprint, open_shard
 from curation.data.shard_list import Shard
 from curation.data.shards import Sample
+from curation.distributed import energy
 from curation.distributed.decode import Decoded, ReadAhead, SampleDecoder
 from curation.distributed.embed import CALLS_AT_A_TIME, STAGE, BatchEmbedder, EmbedSpec, Piece, noted, set_aside
 from curation.distributed.resources import Placement
@@ -59,7 +61,7 @@ _PART_SCHEMA = pa.schema(
         ("url", pa.string()),
         ("rows", pa.large_string()),  # JSON, a list
         ("pixels", pa.large_binary()),  # uint8 (m, H, W, 3) of the m rows to embed
-        ("tokens", pa.large_binary()),  # int64 (m, L)
+        ("tokens", pa.large_binary()),  # int64 (M, L) of their captions
         ("end", pa.string()),  # JSON of what is known at the shard's end; null in the parts before it
     ]
 )
@@ -272,7 +274,7 @@ class PartEmbed:
         if end is not None and ("pending" in end or "set_aside" in end):
             return {"record": [json.dumps({"shard": number, "url": url, **end})]}
         rows = json.loads(part["rows"][0].as_py())
-        piece = Piece(self._embedder.towers.embedding_dim)
+        piece = Piece(self._embedder.towers.embedding_dim, chooses=bool(self._spec.rules.best_caption_of))
         first = rows[0]["sample"]["row"] if rows else 0
         with self._bench.attempt(f"embed from row {first}", number) as attempt:
             if attempt.is_set_aside:
@@ -291,6 +293,7 @@ class PartEmbed:
             "warnings": piece.warnings() | self._embedder.warnings(),
             **self._embedder.facts(),
             "seconds": piece.seconds,
+            "joules": piece.joules,
             "batch_ends": piece.batch_ends,
             "end": end,
         }
@@ -301,12 +304,14 @@ class PartEmbed:
         size, length = self._embedder.towers.image_size, self._embedder.towers.context_length
         pixels = np.frombuffer(part["pixels"][0].as_buffer(), np.uint8).reshape(-1, *size, 3)
         tokens = torch.tensor(np.frombuffer(part["tokens"][0].as_buffer(), np.int64)).reshape(-1, length)
-        place = 0
+        place = at = 0
         for row in rows:
-            decoded = Decoded(**{**row, "sample": Sample(**row["sample"])})
+            choices = tuple(Choice(*choice) for choice in row["sample"]["choices"])
+            decoded = Decoded(**{**row, "sample": Sample(**{**row["sample"], "choices": choices})})
             if decoded.reason is None:
-                decoded = decoded._replace(pixels=pixels[place], tokens=tokens[place])
-                place += 1
+                num_captions = max(1, len(choices))
+                decoded = decoded._replace(pixels=pixels[place], tokens=tokens[at : at + num_captions])
+                place, at = place + 1, at + num_captions
             yield decoded
 
 
@@ -366,6 +371,7 @@ def _record(parts: Sequence[Record], *, seconds: float) -> Record:
         "logit_scale": parts[0]["logit_scale"],
         "logit_bias": parts[0]["logit_bias"],
         "seconds": {name: round(value, 4) for name, value in spent.items()},
+        "joules": energy.total(part["joules"] for part in parts),
     }
 
 

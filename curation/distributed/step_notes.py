@@ -32,9 +32,9 @@ class StepNotes:
 
     def of(self, ready: Ready) -> Row:
         """Add a step to the totals, but for its seconds; its row of the log. Figures are of all ranks."""
-        train, selected = self._recipe.train, ready.picked.chosen.selected
-        self.totals["samples_loaded"] += train.super_batch
-        self.totals["samples_trained"] += train.sub_batch
+        selected = ready.picked.chosen.selected
+        self.totals["samples_loaded"] += self._recipe.train.super_batch
+        self.totals["samples_trained"] += len(selected["address"])
         self.totals["flops"] += self._step_flops(ready)
         addresses = selected["address"]
         return {

@@ -18,7 +18,15 @@ import torch
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage, tables
 from curation.data.pool_rows import read_pool
-from curation.distributed.arms import Told, choose, columns_of, networks_of, overlap, shared_features
+from curation.distributed.arms import (
+    Told,
+    choose,
+    columns_of,
+    networks_of,
+    overlap,
+    shared_features,
+    with_straw_men,
+)
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.evaluation.compare import Reference
 from curation.recipe.evaluate import SubsetRecipe
@@ -33,6 +41,7 @@ class SubsetStudy:
     arms: dict[str, dict[str, list[float]]]
     overlap: dict[str, dict[str, int]]
     warnings: list[str]
+    notes: list[str]
     format_version: int = FORMAT_VERSION
 
 
@@ -44,6 +53,7 @@ def judge_subsets(recipe: SubsetRecipe, *, told: Told = lambda overlap, warnings
     run = checked_run(recipe.run)
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
+    recipe, notes = with_straw_men(recipe.model_copy(update={"run": run}))
     arms = recipe.all_arms()
     pool = read_pool(run, [*{*columns_of(arms, selected_on=recipe.selected_on), recipe.features}])
     features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features).astype(np.float32))
@@ -64,7 +74,7 @@ def judge_subsets(recipe: SubsetRecipe, *, told: Told = lambda overlap, warnings
             for measure, value in one._asdict().items():
                 if measure != "rows":
                     figures[name].setdefault(measure, []).append(value)
-    study = SubsetStudy(recipe.features, recipe.keep, figures, held, warnings)
+    study = SubsetStudy(recipe.features, recipe.keep, figures, held, warnings, notes)
     storage.write_bytes(
         storage.join(storage.absolute(recipe.output), "subset.json"),
         json.dumps(dataclasses.asdict(study), indent=1).encode(),

@@ -34,12 +34,13 @@ from curation.distributed.ledger_client import LedgerClient
 from curation.distributed.notices import note_url
 from curation.distributed.ready_batches import LoopSpec
 from curation.distributed.resources import cluster, grown
-from curation.distributed.run_ledger import LEDGER
+from curation.distributed.run_ledger import LEDGER, ledger_specs
 from curation.distributed.scoring_pool import close_pool, start_pool
 from curation.distributed.stopping import Stop
-from curation.distributed.train_loop import alignment_url, progress_url, settings_of, train_loop
+from curation.distributed.train_loop import alignment_url, held_out_url, progress_url, settings_of, train_loop
 from curation.distributed.train_plan import TrainPlan, checked, commit_to, pool_url, resolved
-from curation.ledger import LedgerSpec, gini
+from curation.distributed.train_stalls import Stall
+from curation.ledger import gini
 from curation.models.clip import Precision
 from curation.recipe import TrainRecipe
 
@@ -62,7 +63,8 @@ class TrainSummary:
     """Rows of all super-batches. A super-batch may span two rounds, so none is loaded without being in one."""
     samples_trained: int
     samples_not_decoded: int
-    """Of those loaded: could be decoded when they were curated, and cannot now. They are never chosen."""
+    """Of those loaded: could be decoded when they were curated, and cannot now. They are never trained on; where a step
+    takes every row, or a round has chosen them, it is that much smaller."""
     rounds: float
     seconds: float
     """Of this start of the run, all told; the steps' own are in train/steps.parquet."""
@@ -71,6 +73,8 @@ class TrainSummary:
     """The last evaluation, or the last step's figures if there was none."""
     ledger: dict[str, Any]
     weights: str
+    held_out: dict[str, int] = field(default_factory=dict)
+    """`evaluated` samples and how many of them are `held_by_the_pool`, by uid or equal bytes; empty if none were."""
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """What makes the result doubtful though all went well, such as a reference that does not fit the learner."""
@@ -85,8 +89,14 @@ class TrainWatch:
     def planned(self, recipe: TrainRecipe, *, rows: int, done: int) -> None:
         """All was checked; the pool offers `rows` rows, `done` steps were done before."""
 
+    def held_out(self, told: dict[str, int]) -> None:
+        """How many samples are measured on (`evaluated`), and how many of them the pool has (`held_by_the_pool`)."""
+
     def progress(self, noted: dict[str, Any]) -> None:
         """What rank 0 noted last."""
+
+    def stalled(self, lines: list[str]) -> None:
+        """No step was taken for a long time; on whom the run waits."""
 
 
 def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None, stop: Stop | None = None) -> TrainSummary:
@@ -104,7 +114,8 @@ def train(recipe: TrainRecipe, *, watch: TrainWatch | None = None, stop: Stop | 
         shards = offered.load(pool_url(recipe))
         watch.planned(recipe, rows=sum(shard.offered for shard in shards), done=_steps_done(recipe))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_POLL_S)
-        storage.delete(note_url(recipe.output))
+        for url in (note_url(recipe.output), held_out_url(recipe.output)):
+            storage.delete(url)
         with (
             cluster(num_cpus=_cpus_wanted(recipe)),
             stop.on_sigterm(interrupts=False),
@@ -164,12 +175,11 @@ def _run(
 
 def loop_spec(recipe: TrainRecipe, plan: TrainPlan, *, device: str) -> LoopSpec:
     """What workers are told; the ledger has been started, and the scoring pool if there is one."""
-    kept = recipe.ledger
     ledger = start_ledger(
         recipe.output,
         _shard_sizes(offered.load(pool_url(recipe))),
-        {LEDGER: LedgerSpec(kept.statistic, decay=kept.decay, variance=kept.variance)},
-        num_actors=kept.actors,
+        ledger_specs(recipe),
+        num_actors=recipe.ledger.actors,
     )
     precision: Precision = "bfloat16" if device == "cuda" else "float32"
     if recipe.train.precision != "auto":
@@ -234,8 +244,16 @@ def _watched(recipe: TrainRecipe, watch: TrainWatch, stop: Stop) -> Iterator[Non
     """Tells `watch` what rank 0 notes, and the workers to end, from a thread, for as long as the block runs."""
     url, over = progress_url(recipe.output), threading.Event()
 
+    def tell_held_out() -> bool:
+        told = _held_out(recipe)
+        if told:
+            watch.held_out(told)
+        return bool(told)
+
     def look() -> None:
         seen, asked, next_look = None, False, 0.0
+        stall = Stall(recipe.output, recipe.compute)
+        is_told = not (recipe.evaluate.shards or recipe.evaluate.run)
         while not over.wait(STOP_POLL_S):
             if stop.reason and not asked:
                 with contextlib.suppress(OSError):  # asked again at the next look
@@ -245,10 +263,17 @@ def _watched(recipe: TrainRecipe, watch: TrainWatch, stop: Stop) -> Iterator[Non
                 continue
             next_look = time.monotonic() + PROGRESS_EVERY_S
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being replaced: the next look tells
+                is_told = is_told or tell_held_out()
                 noted = json.loads(storage.read_bytes(url))
-                if noted != seen:
+                if is_told and noted != seen:  # not before that, also not what a former start noted
                     watch.progress(noted)
+                    stall.moved()
                     seen = noted
+            if lines := stall.lines():
+                watch.stalled(lines)
+        with contextlib.suppress(OSError):
+            if not is_told:  # the run was over before the next look
+                tell_held_out()
 
     thread = threading.Thread(target=look, name="progress", daemon=True)
     thread.start()
@@ -294,7 +319,7 @@ def _account(
     return TrainSummary(
         steps=done,
         samples_loaded=done * recipe.train.super_batch,
-        samples_trained=done * recipe.train.sub_batch,
+        samples_trained=int(steps["samples_trained"].to_pylist()[-1]) if len(steps) else 0,
         samples_not_decoded=sum(steps["not_decoded"].to_pylist()) if len(steps) else 0,
         rounds=round(done * recipe.train.super_batch / sum(shard.offered for shard in shards), 4),
         seconds=round(seconds, 3),
@@ -302,17 +327,30 @@ def _account(
         last=last[0] if last else {},
         ledger=ledger,
         weights=learner_url(recipe.output),
+        held_out=_held_out(recipe),
         failures=failures,
         warnings=_warnings(recipe),
         stopped=None if is_done or failures else stopped,
     )
 
 
+def _held_out(recipe: TrainRecipe) -> dict[str, int]:
+    url = held_out_url(recipe.output)
+    return json.loads(storage.read_bytes(url)) if storage.exists(url) else {}
+
+
 def _warnings(recipe: TrainRecipe) -> list[str]:
-    if not recipe.mimics or not storage.exists(alignment_url(recipe.output)):
-        return []
-    complaint = manifest.read(alignment_url(recipe.output))["complaint"]
-    return [complaint] if complaint else []
+    told = _held_out(recipe)
+    warnings = []
+    if held := told.get("held_by_the_pool", 0):
+        warnings.append(
+            f"{held:,} of the {told['evaluated']:,} held-out samples are in the pool that was trained on: what is "
+            "measured on them may have been learnt by heart"
+        )
+    if recipe.mimics and storage.exists(alignment_url(recipe.output)):
+        complaint = manifest.read(alignment_url(recipe.output))["complaint"]
+        warnings += [complaint] if complaint else []
+    return warnings
 
 
 def _failures(recipe: TrainRecipe, done: int, stopped: str | None) -> list[str]:

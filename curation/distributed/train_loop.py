@@ -8,6 +8,7 @@ the ledger back to it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -23,10 +24,14 @@ import torch
 from curation.columns import LEDGER_COLUMNS
 from curation.data import step_log, storage
 from curation.data.event_files import write_events
+from curation.data.held_out import HeldOut, held_by_pool
 from curation.data.step_log import Row
-from curation.distributed import checkpoint
+from curation.distributed import checkpoint, energy
 from curation.distributed.checkpoint import Position, tag_of
-from curation.distributed.learners import build_learner, load_evaluation
+from curation.distributed.comparison import comparison_of
+from curation.distributed.energy import MILLIJOULES, EnergyMeter
+from curation.distributed.evaluate import Evaluation
+from curation.distributed.learners import build_learner, load_evaluation, load_held_out
 from curation.distributed.metrics import RunMetrics
 from curation.distributed.notices import Notice, Notices
 from curation.distributed.pool_scoring import PoolScoring
@@ -34,6 +39,7 @@ from curation.distributed.ready_batches import LoopSpec, OwnScoring, Ready, Read
 from curation.distributed.round_selection import RoundFeed
 from curation.distributed.run_ledger import RunLedger, barrier
 from curation.distributed.step_notes import StepNotes
+from curation.distributed.train_stalls import StallGuard
 from curation.recipe import TrainRecipe
 from curation.selector import Rows
 from curation.training.collectives import gather, ranks
@@ -43,11 +49,18 @@ from curation.training.picking import Stopwatch
 from curation.training.step import NotFinite, StepReport
 
 PROGRESS_EVERY_S = 5.0
+NOT_COUNTED = -1
+_LOG = logging.getLogger(__name__)
 
 
 def progress_url(output: str) -> str:
     """Where rank 0 notes how far it is, for whoever watches."""
     return storage.join(output, "train", "progress.json")
+
+
+def held_out_url(output: str) -> str:
+    """Where it is noted how many of the held-out samples the pool holds, before any figure of theirs."""
+    return storage.join(output, "train", "held_out.json")
 
 
 def alignment_url(output: str) -> str:
@@ -61,19 +74,23 @@ def train_loop(told: dict[str, Any]) -> None:
     torch.set_num_threads(spec.recipe.compute.torch_threads)
     worker = _Worker(spec)
     num_steps, every = spec.recipe.train.num_steps, spec.recipe.checkpoint_every
-    begun = time.perf_counter()
-    for ready in worker.ready():
-        if not worker.step(ready, begun=begun):
-            return
-        done = ready.number + 1
-        if done == num_steps or _is_due(done, spec.recipe.evaluate.every_steps):
-            worker.evaluate(done)
-        if done == num_steps or _is_due(done, every) or worker.notice in (Notice.SAVE, Notice.END):
-            worker.checkpoint(done)
-        if worker.notice is Notice.END:
-            break
-        begun = time.perf_counter()
-    worker.close()
+    with StallGuard(spec.recipe.output, ranks().rank, stall_s=spec.recipe.compute.stall_s) as guard:
+        begun = worker.begin()
+        for ready in worker.ready():
+            if not worker.step(ready, begun=begun):
+                return
+            guard.moved()
+            done = ready.number + 1
+            if done == num_steps or _is_due(done, spec.recipe.evaluate.every_steps):
+                worker.evaluate(done)
+                guard.moved()
+            if done == num_steps or _is_due(done, every) or worker.notice in (Notice.SAVE, Notice.END):
+                worker.checkpoint(done)
+                guard.moved()
+            if worker.notice is Notice.END:
+                break
+            begun = worker.begin()
+        worker.close()
 
 
 def _is_due(done: int, every: int) -> bool:
@@ -110,6 +127,7 @@ class _Worker:
             selector,
             settings_of(recipe),
             recall=self._ledger.recall if selector.needs & LEDGER_COLUMNS else None,
+            compare=comparison_of(spec.learner, learner),
         )
         self._done = self._position.step
         self._pool = None
@@ -124,10 +142,28 @@ class _Worker:
         )
         self._steps: list[Row] = []
         self._evaluations: list[Row] = []
-        self._evaluation = load_evaluation(spec.learner) if self._rank == 0 else None
+        self._evaluation = self._load_evaluation() if self._rank == 0 else None
         self._notes = StepNotes(recipe, totals) if self._rank == 0 else None
         self._next_progress = 0.0
         self._metrics = RunMetrics(self._output)
+        self._meter = EnergyMeter(ray.train.torch.get_device())
+
+    def _load_evaluation(self) -> Evaluation | None:
+        """What is measured on, if anything is; first it is noted what of it the pool holds."""
+        held_out = load_held_out(self._spec.learner)
+        if held_out is None:
+            return None
+        self._note_held_out(held_out)
+        return load_evaluation(self._spec.learner, held_out)
+
+    def _note_held_out(self, held_out: HeldOut) -> None:
+        url = held_out_url(self._output)
+        if storage.exists(url):  # a worker group before this one did
+            return
+        shards = [shard.number for shard in self._spec.stream()[0]]
+        held = held_by_pool(held_out.uids, held_out.sha256s, self._spec.recipe.data.run, shards)
+        told = {"evaluated": len(held_out.uids), "held_by_the_pool": held}
+        storage.write_bytes(url, json.dumps(told).encode())
 
     def _rounds(self) -> RoundFeed:
         """What the run's rounds choose from the whole pool."""
@@ -139,6 +175,11 @@ class _Worker:
             recall=self._ledger.remembered,
             device=self._trainer.device,
         )
+
+    def begin(self) -> float:
+        """Seconds and joules from here on are the next step's."""
+        self._meter.used()
+        return time.perf_counter()
 
     def ready(self) -> Iterator[Ready]:
         """The steps that are left, each with what this rank trains on. Ends early where a batch is bad."""
@@ -165,10 +206,10 @@ class _Worker:
         self._batches.trained(self._done)
         with watch("ledger"):
             self._ledger.record(ready)
-        says, num_bad = self._agreed(ready.ok)
+        says, num_bad, joules = self._agreed(ready.ok)
         self.notice = self._notices.heard(says)
         if self._notes is not None:
-            self._note(self._notes, ready, outcome.report, watch.seconds, num_bad=num_bad, begun=begun)
+            self._note(self._notes, ready, outcome.report, watch.seconds, num_bad=num_bad, joules=joules, begun=begun)
         return True
 
     def evaluate(self, done: int) -> None:
@@ -198,6 +239,7 @@ class _Worker:
             saved = trainer.learner.saved
             checkpoint.save(Path(folder), saved, trainer.optimizer, Position(done, tag), self._notes.totals)
             ray.train.report(last, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=tag)
+        _LOG.info("checkpoint after step %d", done, extra={"facts": last})
         # The newest checkpoint that Ray knows of may still be the one before.
         self._ledger.forget_old()
 
@@ -219,12 +261,14 @@ class _Worker:
         told = {**measured._asdict(), "surviving": surviving, "complaint": measured.complaint}
         storage.write_bytes(alignment_url(self._output), json.dumps(told).encode())
 
-    def _agreed(self, ok: torch.Tensor) -> tuple[Notice, int]:
-        """Rank 0's word after this step, and how many rows could not be decoded on all ranks. Collective."""
+    def _agreed(self, ok: torch.Tensor) -> tuple[Notice, int, float | None]:
+        """Rank 0's word after this step; of all ranks the undecodable rows and the joules, if known. Collective."""
         says = self._notices.rank_0_says() if self._rank == 0 else Notice.GO_ON
-        mine = torch.tensor([[says, int((~ok).sum())]], device=self._trainer.device)
-        told_W2 = gather(mine)
-        return Notice(int(told_W2[0, 0])), int(told_W2[:, 1].sum())
+        used = self._meter.used()
+        millijoules = NOT_COUNTED if used is None else round(used * MILLIJOULES)
+        told_W3 = gather(torch.tensor([[says, int((~ok).sum()), millijoules]], device=self._trainer.device))
+        joules = energy.total(None if each == NOT_COUNTED else each / MILLIJOULES for each in told_W3[:, 2].tolist())
+        return Notice(int(told_W3[0, 0])), int(told_W3[:, 1].sum()), joules
 
     def _note(
         self,
@@ -234,6 +278,7 @@ class _Worker:
         seconds: dict[str, float],
         *,
         num_bad: int,
+        joules: float | None,
         begun: float,
     ) -> None:
         """One row of the log. The figures are of the whole step, over all ranks; seconds are rank 0's."""
@@ -247,6 +292,7 @@ class _Worker:
             "learnability": None if reference_loss is None else report.mean_loss - reference_loss,
             "not_decoded": num_bad,
             **{f"seconds_{name}": value for name, value in seconds.items()},
+            **({} if joules is None else {"joules": joules}),
         }
         step_seconds = time.perf_counter() - begun
         notes.totals["seconds"] += step_seconds
@@ -283,6 +329,7 @@ def settings_of(recipe: TrainRecipe) -> OnlineSettings:
         quota=train.quota,
         low_share=recipe.low_resolution.share,
         learning_rate=train.learning_rate,
+        schedule=train.schedule,
         warmup=train.warmup,
         cooldown=train.cooldown,
         floor=train.floor,

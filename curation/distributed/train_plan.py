@@ -69,7 +69,9 @@ def resolved(recipe: TrainRecipe) -> TrainRecipe:
         }
     )
     data = recipe.data.model_copy(update={"run": run, "truth": truth})
-    return recipe.model_copy(update={"output": output, "data": data, "evaluate": held_out})
+    compared = recipe.comparison.run
+    comparison = recipe.comparison.model_copy(update={"run": storage.absolute(compared) if compared else ""})
+    return recipe.model_copy(update={"output": output, "data": data, "evaluate": held_out, "comparison": comparison})
 
 
 def checked(recipe: TrainRecipe) -> TrainPlan:
@@ -108,6 +110,8 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
         storage.list_shards(recipe.evaluate.shards)
     if recipe.evaluate.run and not storage.exists(storage.join(recipe.evaluate.run, "recipe.json")):
         raise ValueError(f"evaluate.run: {recipe.evaluate.run} is no run of jobs.curate")
+    if recipe.compares:
+        _check_comparison(recipe, num_features)
     # What may change between two starts of one run: where it runs, how often it saves and measures.
     described = recipe.model_dump(
         mode="json", exclude={"name", "output", "compute", "checkpoint_every", "evaluate", "format_version"}
@@ -178,6 +182,19 @@ def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: s
             f"make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
         )
     return made
+
+
+def _check_comparison(recipe: TrainRecipe, num_features: int | None) -> None:
+    """ValueError if the run that is compared with lacks what is read of it, or has other features."""
+    run, features = recipe.comparison.run, str(recipe.data.features)
+    if not storage.exists(storage.join(run, "recipe.json")):
+        raise ValueError(f"comparison.run: {run} is no run of jobs.curate")
+    first = offered.offered_shards(run, manifest.committed(run, EMBED_STAGE))[0].number
+    available = set(tables.column_names(run, first))
+    if missing := [name for name in (features, str(recipe.data.label)) if name not in available]:
+        raise ValueError(f"comparison.run: {run} has no column {missing[0]!r}")
+    if (width := tables.vector_width(run, first, features)) != num_features:
+        raise ValueError(f"comparison.run: {features} has {width} numbers there, {num_features} in data.run")
 
 
 def _check_low_resolution(recipe: TrainRecipe) -> None:

@@ -25,6 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK_CELLS = 1 << 25
+"""Cosines of a block: 128 MiB of float32, whatever the number of candidates."""
+
 
 class Recall(NamedTuple):
     """k -> share in [0, 1] of the queries that find a match among the k nearest candidates."""
@@ -78,6 +81,7 @@ def retrieval_recall(
 def _ranks(query_QD: Tensor, key_KD: Tensor, query_group: Tensor, key_group: Tensor, block_rows: int) -> Tensor:
     """How many keys of other groups stand at or before the best key of the query's own group, (Q,) int64."""
     ranks = torch.zeros(len(query_QD), dtype=torch.int64, device=query_QD.device)
+    block_rows = max(1, min(block_rows, BLOCK_CELLS // len(key_KD)))
     for first in range(0, len(query_QD), block_rows):
         rows = slice(first, first + block_rows)
         cosines_RK = query_QD[rows] @ key_KD.T

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def softmax_weights(scores_n: Tensor, temperature: float) -> Tensor:
     """n * softmax(score / temperature), (n,) float32 of mean 1. Grad-Mimic (arXiv:2501.06708), "normed_proj"."""
-    return len(scores_n) * (scores_n.double() / temperature).softmax(dim=0).float()
+    return scores_n.shape[0] * (scores_n.double() / temperature).softmax(dim=0).float()
 
 
 def check_temperature(temperature: float) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Generator, Tensor
 
 from curation.methods._in_memory import canonical_order, check_bucket_sizes, chosen_rows, unit_rows
-from curation.numerics.greedy import greedy_by_distance
+from curation.numerics.greedy import greedy_by_distance, greedy_by_spacing
 from curation.numerics.neighbors import fit_centroids, nearest_centroids, nearest_distances
 from curation.selector import Rows, Selection, check_keep, check_needs, num_rows
 
@@ -58,10 +58,10 @@ def product_rule(rows_ND: Tensor, typicality_N: Tensor, *, keep: int, sd: float,
     """Rows (keep,) int64: the most typical, then each time argmax of distance^sd * typicality^sw."""
     weights_N = typicality_N**sw
 
-    def scores(nearest2_N: Tensor, _: list[int]) -> Tensor:
-        return nearest2_N.clamp_min(COPY_DISTANCE**2) ** (sd / 2) * weights_N
+    def score(nearest2_M: Tensor, places_M: Tensor) -> Tensor:
+        return nearest2_M.clamp_min(COPY_DISTANCE**2) ** (sd / 2) * weights_N[places_M]
 
-    return greedy_by_distance(rows_ND, keep=keep, first=int(typicality_N.argmax()), scores=scores)
+    return greedy_by_spacing(rows_ND, keep=keep, first=int(typicality_N.argmax()), score=score)
 
 
 def accumulating_rule(rows_ND: Tensor, typicality_N: Tensor, *, keep: int, sd: float, sw: float) -> Tensor:

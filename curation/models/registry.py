@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import open_clip
+import timm
 import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
@@ -45,11 +47,20 @@ def weights_digest(name: str, *, pretrained: str | None = None, checkpoint: str 
 def check_resolution(name: str, *, image_size: int | None, patch_size: int | None) -> None:
     """ValueError if a model cannot see square images of this size in patches of this size; None is its own size."""
     vision = model_config(name)["vision_cfg"]
-    if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision:
-        raise ValueError(f"low_resolution is for open_clip's own vision transformers, which {name!r} does not have")
-    side, patch = image_size or height_width(vision.get("image_size", 224))[0], patch_size or vision["patch_size"]
+    own = vision.get("patch_size") if isinstance(vision.get("layers"), int) else _timms_patch_size(vision)
+    if own is None:
+        raise ValueError(f"low_resolution is for open_clip's and timm's vision transformers, which {name!r} has not")
+    side, patch = image_size or height_width(vision.get("image_size", 224))[0], patch_size or own
     if side % patch:
         raise ValueError(f"low_resolution: patches of {patch} pixels do not tile images of {side} pixels ({name})")
+
+
+def _timms_patch_size(vision: dict[str, Any]) -> int | None:
+    """Of a tower that is timm's VisionTransformer, from its name; None of any other."""
+    name = str(vision.get("timm_model_name", "")).partition(".")[0]
+    size = re.search(r"_patch(\d+)(_|$)", name)
+    is_plain = timm.is_model(name) and timm.model_entrypoint(name).__module__ == "timm.models.vision_transformer"
+    return int(size[1]) if size and is_plain else None
 
 
 def model_config(name: str) -> dict[str, Any]:

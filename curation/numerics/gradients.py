@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 from torch.func import jvp
+from torch.nn import functional as F
 
 
 def towards(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -51,10 +52,31 @@ def head_residual(logits_nC: Tensor, labels_n: Tensor) -> Tensor:
     return residual_nC
 
 
+def logits_and_way(
+    seen_nF: Tensor, weight_CF: Tensor, bias_C: Tensor, way_CF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (n, C) float32, and what the head would say of the rows with the weights `way` and no bias, (n, C).
+
+    One matrix product for both: a head is narrow and its input wide, so the time goes to reading the input once.
+    """
+    if way_CF is None:
+        return F.linear(seen_nF, weight_CF, bias_C).float(), None
+    classes = weight_CF.shape[0]
+    both = F.linear(seen_nF, torch.cat([weight_CF, way_CF]), F.pad(bias_C, (0, classes))).float()
+    return both[:, :classes], both[:, classes:]
+
+
+def loss_and_residual(logits_nC: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (n,), and `head_residual` (n, C), of one softmax. Not to be differentiated."""
+    residual_nC, own_n1 = logits_nC.log_softmax(dim=1), labels_n[:, None]
+    losses_n = -residual_nC.gather(1, own_n1)[:, 0]
+    return losses_n, residual_nC.exp_().scatter_add_(1, own_n1, residual_nC.new_full((), -1.0).expand(own_n1.shape))
+
+
 def head_gradient(residual_nC: Tensor, input_nF: Tensor, weights_n: Tensor | None = None) -> Tensor:
     """The mean over rows of weight * head gradient, (C, F)."""
     weighted_nC = residual_nC if weights_n is None else residual_nC * weights_n[:, None]
-    return weighted_nC.T @ input_nF / len(input_nF)
+    return weighted_nC.T @ input_nF / input_nF.shape[0]
 
 
 def head_gradient_norms(residual_nC: Tensor, input_nF: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Gonzalez 1985 (doi:10.1016/0304-3975(85)90224-5): the row farthest from the chosen ones is chosen next, which covers
 all rows within twice the least possible radius. A step needs one column of the matrix of distances. Made one at a
-time, each is a pass over all rows through memory; so the columns of the rows that score highest are made together, in
-one matrix product, and used if their turn comes before they are forgotten. The choice does not depend on that.
+time, each is a pass over all rows through memory; so columns are made together, in one matrix product: for scores of a
+row alone those of all that are chosen among a few candidates, else those of the rows that score highest, to be used if
+their turn comes before they are forgotten. The choice does not depend on that, but for rounding.
 
-N rows, D embedding, K chosen.
+N rows, D embedding, K chosen, M candidates.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ COLUMNS_AHEAD = 32
 COLUMNS_KEPT = 256
 """Columns that wait for their turn; N float32 each."""
 
+CANDIDATES = 512
+"""Rows among which is chosen before all rows hear of it: 512 x 512 distances are made in a few ms."""
+COLUMNS_AT_ONCE = 64
+"""N float32 each, and as much again while they are made."""
+
+RowScore = Callable[[Tensor, Tensor], Tensor]
+"""(squared distances (M,), places (M,) of those rows) -> scores (M,)."""
 Scores = Callable[[Tensor, list[int]], Tensor]
 """(nearest2_N, chosen) -> scores (N,) of the next choice; those of chosen rows do not matter."""
 
@@ -34,10 +42,7 @@ def greedy_by_distance(rows_ND: Tensor, *, keep: int, first: int, scores: Scores
     only one) and the chosen rows. ValueError if `keep` is not in [0, N], or `first` not in [0, N).
     """
     n = len(rows_ND)
-    if not 0 <= keep <= n:
-        raise ValueError(f"keep must be in [0, {n}], got {keep}")
-    if keep and not 0 <= first < n:
-        raise ValueError(f"first must be in [0, {n}), got {first}")
+    _check(n, keep, first)
     rows_ND = rows_ND.float()
     norms2_N = rows_ND.square().sum(dim=1)
     nearest2_N = torch.full_like(norms2_N, torch.inf)
@@ -68,6 +73,76 @@ def greedy_by_distance(rows_ND: Tensor, *, keep: int, first: int, scores: Scores
     return torch.tensor(chosen, dtype=torch.int64, device=rows_ND.device)
 
 
+def greedy_by_spacing(rows_ND: Tensor, *, keep: int, first: int, score: RowScore) -> Tensor:
+    """The same choice for a score of each row alone that never grows when its distance shrinks, many rows at a time.
+
+    A row outside the highest-scoring few can only sink, so as long as one of those scores above what the best of the
+    others had, the next choice is among them; and there the distances are one small matrix. Then all rows hear of all
+    that was chosen in one product. `score` is told squared distances to the nearest chosen row, and the rows' places.
+    """
+    n = len(rows_ND)
+    _check(n, keep, first)
+    rows_ND = rows_ND.float()
+    norms2_N = rows_ND.square().sum(dim=1)
+    nearest2_N = torch.full_like(norms2_N, torch.inf)
+    everywhere = torch.arange(n, device=rows_ND.device)
+    is_chosen = torch.zeros(n, dtype=torch.bool, device=rows_ND.device)
+    chosen, fresh = everywhere[:0], everywhere[first : first + min(keep, 1)]
+    while len(fresh):
+        chosen = torch.cat([chosen, fresh])
+        is_chosen[fresh] = True
+        for part in fresh.split(COLUMNS_AT_ONCE):
+            nearest = squared_distances(rows_ND, part, norms2_N).amin(dim=1)
+            torch.minimum(nearest2_N, nearest, out=nearest2_N)
+        if len(chosen) == keep:
+            break
+        score_N = score(nearest2_N, everywhere).masked_fill(is_chosen, -torch.inf)
+        top = score_N.topk(min(CANDIDATES, n - len(chosen)))
+        rest = -torch.inf if len(top.indices) == n - len(chosen) else float(top.values[-1])
+        best = int(score_N.argmax())
+        places_M = top.indices.sort().values
+        if best not in places_M:  # more rows score alike than there are candidates
+            fresh = everywhere[best : best + 1]
+            continue
+        distances_MM = squared_distances(
+            rows_ND[places_M], torch.arange(len(places_M), device=rows_ND.device), norms2_N[places_M]
+        )
+        fresh = places_M[
+            _choices(
+                nearest2_N[places_M],
+                distances_MM,
+                lambda near_M, places_M=places_M: score(near_M, places_M),
+                first=int(torch.searchsorted(places_M, best)),
+                most=keep - len(chosen),
+                above=rest,
+            )
+        ]
+    return chosen
+
+
+def _choices(
+    near_M: Tensor, distances_MM: Tensor, score: Callable[[Tensor], Tensor], *, first: int, most: int, above: float
+) -> Tensor:
+    """Places (m,) among M rows: `first`, then each time the highest score, while it is higher than `above`."""
+    is_chosen = torch.zeros(len(near_M), dtype=torch.bool, device=near_M.device)
+    choices, following = [], first
+    while True:
+        choices.append(following)
+        is_chosen[following] = True
+        near_M = torch.minimum(near_M, distances_MM[following])
+        score_M = score(near_M).masked_fill(is_chosen, -torch.inf)
+        following = int(score_M.argmax())
+        if len(choices) == most or not float(score_M[following]) > above:
+            return torch.tensor(choices, device=near_M.device)
+
+
 def k_center(rows_ND: Tensor, *, keep: int, first: int) -> Tensor:
     """Rows (keep,) int64: `first`, then each time the row farthest from the chosen ones. Errors as above."""
-    return greedy_by_distance(rows_ND, keep=keep, first=first, scores=lambda nearest2_N, _: nearest2_N)
+    return greedy_by_spacing(rows_ND, keep=keep, first=first, score=lambda nearest2_M, _: nearest2_M)
+
+
+def _check(n: int, keep: int, first: int) -> None:
+    if not 0 <= keep <= n:
+        raise ValueError(f"keep must be in [0, {n}], got {keep}")
+    if keep and not 0 <= first < n:
+        raise ValueError(f"first must be in [0, {n}), got {first}")

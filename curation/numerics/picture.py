@@ -1,4 +1,4 @@
-"""Numbers that tell a picture from no picture: how sharp it is, how much of it is one plain tone, how dense its edges.
+"""Numbers that tell a picture from no picture: how sharp it is, how plain, how dense its edges, how colourful.
 
 Sharpness is the variance of the Laplacian of the grey values (Pech-Pacheco et al. 2000, doi:10.1109/ICPR.2000.903548):
 low for what is out of focus or enlarged, high for fine texture and for noise. Plainness is the share of pixels within a
@@ -30,6 +30,15 @@ def plainness(grey_HW: np.ndarray) -> float:
     counts = np.bincount(grey_HW.ravel(), minlength=256)
     tone = int(counts.argmax())
     return float(counts[max(0, tone - PLAIN_LEVELS) : tone + PLAIN_LEVELS + 1].sum() / grey_HW.size)
+
+
+def colourfulness(image_HW3: np.ndarray) -> float:
+    """Hasler and Susstrunk 2003 (doi:10.1117/12.477378), Eqs. 1 to 4: 0 for grey, about 109 for what people call
+    extremely colourful. RGB values in [0, 255]."""
+    red, green, blue = np.moveaxis(image_HW3.astype(np.float64), -1, 0)
+    red_green, yellow_blue = red - green, (red + green) / 2 - blue
+    spread = np.hypot(red_green.std(), yellow_blue.std())
+    return float(spread + 0.3 * np.hypot(red_green.mean(), yellow_blue.mean()))
 
 
 def edge_density(grey_HW: np.ndarray) -> float:

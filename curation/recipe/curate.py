@@ -253,6 +253,15 @@ class CurateRecipe(WholeRecipe):
     """The run fails when a larger share of what it read had to be dropped."""
 
     @model_validator(mode="after")
+    def _captions_can_be_scored(self) -> Self:
+        if self.pool.best_caption_of and self.embed.cached:
+            raise ValueError(
+                f"pool.best_caption_of: the embeddings of embed.cached {self.embed.cached} are of one caption each, "
+                "and no model is run to score others"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _columns_have_names_of_their_own(self) -> Self:
         names = [check_piece_name(column.name) for column in self.columns]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -279,7 +288,10 @@ class CurateRecipe(WholeRecipe):
         exclude_digest: str | None = None,
     ) -> dict[str, Any]:
         """All that can change the bytes of an embedded piece: the recipe's fields, resolved, and the model's digest."""
-        pool = self.pool.model_dump(exclude={"shards", "verify", "metadata"}, exclude_none=True)
+        without = {"shards", "verify", "metadata"}
+        if not self.pool.best_caption_of:  # so that runs from before there was a choice are the same runs
+            without |= {"best_caption_of", "max_captions"}
+        pool = self.pool.model_dump(exclude=without, exclude_none=True)
         pool_fields = {f"pool.{name}": value for name, value in json.loads(json.dumps(pool)).items()}
         if metadata_digest:
             pool_fields["pool.metadata"] = metadata_digest

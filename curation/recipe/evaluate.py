@@ -9,13 +9,20 @@ from pydantic import Field, model_validator
 
 from curation.recipe.columns import Network
 from curation.recipe.parts import Part, WholeRecipe
+from curation.recipe.train import Weights
 from curation.training.diffusion import DiffusionSpec
 
 _ARM = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(=(?P<source>[^@]+))?(@(?P<steps>[1-9]\d*))?")
 
 
+STRAW_MEN = {"clarity": "quality.sharpness", "match": "clip_score", "aesthetic": "aesthetic.score"}
+"""One number alone, and its column: what any method must beat (the comparison of arXiv:2512.16905). Clarity is of
+`jobs.fit quality`, aesthetic of a head that the run was given."""
+
+
 class Arm(NamedTuple):
-    """One selection under study: `source` is a method's name, `full`, a run of `jobs.curate`, or a file of uids."""
+    """One selection under study: `source` is a method's name, a straw man's, `full`, a run of `jobs.curate`, or a file
+    of uids."""
 
     name: str
     source: str
@@ -41,8 +48,11 @@ class Judged(WholeRecipe):
     run: str = ""
     """Folder or URL of the pool: a run of `jobs.curate`."""
     arms: tuple[str, ...] = ("random", "coreset", "typicality")
-    """NAME=SOURCE: a method's name, `full`, another run of `jobs.curate`, or a .npy or .parquet file of uids. NAME
-    alone is its own source; @STEPS behind it gives an arm of the diffusion study steps of its own."""
+    """NAME=SOURCE: a method's name, a straw man's (clarity, match, aesthetic), `full`, another run of `jobs.curate`, or
+    a .npy or .parquet file of uids. NAME alone is its own source; @STEPS behind it gives an arm of the diffusion study
+    steps of its own."""
+    straw_men: bool = True
+    """Also clarity, match and aesthetic, one number alone each, where the run has their column."""
     keep: int = Field(default=1000, gt=1)
     """Rows that a method keeps of the pool, and to which larger selections are cut at random."""
     selected_on: str = "image_embedding"
@@ -72,6 +82,53 @@ class SubsetRecipe(Judged):
 
     features: str = "image_embedding"
     """The column that is measured on: the pool's embeddings, or one that `jobs.fit` made."""
+
+
+OF_THE_RUN = "run"
+
+
+class HeldOutRecipe(WholeRecipe):
+    """What a model knows of held-out samples, by columns of a curated run of them: nothing is trained but probes."""
+
+    name: str = "debug"
+    run: str = ""
+    """Folder or URL of the held-out samples: a run of `jobs.curate`."""
+    embeddings: str = ""
+    """The piece of `jobs.fit embeddings` that is measured; none named: the run's own embeddings."""
+    is_of_pairs: bool = True
+    """Measure retrieval, and with labels zero-shot classification; off for features of networks without captions."""
+    weights: Weights = Weights(model=OF_THE_RUN)
+    """The model that made the embeddings, to embed prompts by; `run`: what the run's recipe says of its own."""
+    label: str | None = None
+    """Column that names each sample's class, such as json.class: zero-shot classification and probes."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts of a class; {} is its name."""
+    captions: str | None = None
+    """Column with a list of captions, such as json.captions, to be retrieved in place of the one in the table."""
+    features: tuple[str, ...] = ("image_embedding",)
+    """Columns of vectors, on each of which a linear probe is fitted."""
+    probe_run: str = ""
+    """A run whose samples the probes are fitted on; none named: those of `run` that are not in the test share."""
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of `run` that tests the probes, drawn by a hash of the images' bytes."""
+    penalty: float = Field(default=1e-3, gt=0)
+    """On the squared weights of a probe, whose features are brought to standard deviation 1."""
+    selection: str = ""
+    """What the model was trained on, a run of `jobs.curate` or a file of uids: said first is what of the held-out
+    samples it holds."""
+    selected_only: bool = True
+    """Of such a run what it selected, not all that it embedded."""
+    output: str = ""
+    """Folder or URL of the figures."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        if not self.is_of_pairs and not self.label:
+            raise ValueError("label: without pairs only probes are left, which need labels, as in --label json.class")
+        if not self.is_of_pairs and (self.captions or self.embeddings):
+            raise ValueError("captions and embeddings are for pairs; name the columns of probes in features")
+        return self
 
 
 class Generator(Part):

@@ -52,6 +52,12 @@ class Pool(Part):
     if it has none, its *.parquet."""
     caption_field: str = _READ.caption_field
     """Extension of the member that holds the caption, or json.NAME for a field of the json."""
+    best_caption_of: tuple[str, ...] = ()
+    """In place of caption_field: several fields of that kind, also json fields that hold lists of captions. Of all
+    captions of a sample the one with the highest CLIP score is its caption; the column caption_from says where it
+    stood. Each costs a pass of the text tower."""
+    max_captions: int = Field(default=_READ.max_captions, gt=0)
+    """Of those, at most so many of a sample; more are left out, and counted."""
     image_fields: tuple[str, ...] = _READ.image_fields
     """Extensions of the member (or names of the column) that holds the image; the first that is present wins."""
     caption_column: str | None = None

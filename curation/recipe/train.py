@@ -12,6 +12,7 @@ from curation.recipe.parts import MethodArgument, Part, WeightsSource, WholeReci
 from curation.selector import Selector
 from curation.training.learner import LEARNER_COLUMNS
 from curation.training.of_round import OfRound
+from curation.training.schedules import RateSchedule
 
 STEP_COLUMNS = LEARNER_COLUMNS | {"reference_loss", "comparison_gradient", "head_weight"}
 """What a step alone has: it comes of the learner as it is, or of a reference that runs beside it."""
@@ -77,6 +78,18 @@ class Reference(Part):
         return self
 
 
+class Comparison(Part):
+    """The second batch whose mean head gradient `agra` and `influence` compare each row's with; drawn for each step."""
+
+    run: str = ""
+    """A run of `jobs.curate` that has `data.features` and `data.label` too. `influence` wants held-out samples whose
+    labels are right, and never those that are tested on; `agra` its own noisy pool, so `data.run` itself."""
+    rows: int = Field(default=4096, gt=0)
+    """Rows that are drawn from it once and held in memory."""
+    batch: int = Field(default=0, ge=0)
+    """Rows of them that a step compares with; 0: as many as train.sub_batch."""
+
+
 class LowResolution(Part):
     """Flexi-JEST: candidates are scored at low resolution, and a share of each sub-batch is trained at it.
 
@@ -138,6 +151,10 @@ class Train(Part):
     learning_rate: float = Field(default=1e-3, gt=0)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: RateSchedule = "cosine"
+    """Of the learning rate, over the samples of the run whatever a round holds. step: a tenth from a half of them on, a
+    hundredth from three quarters on. one-cycle: up from a 25th over the first 30%, then down to almost nothing. What
+    follows shapes the cosine alone."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps."""
     cooldown: float = Field(default=0.0, ge=0, le=1)
@@ -153,6 +170,9 @@ class Train(Part):
     def _fits(self) -> Self:
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
+        shape = {name: getattr(self, name) for name in ("warmup", "cooldown", "floor")}
+        if self.schedule != "cosine" and (odd := [n for n in shape if shape[n] != type(self).model_fields[n].default]):
+            raise ValueError(f"train.{odd[0]} shapes the schedule cosine, not {self.schedule}; got {shape[odd[0]]}")
         if self.sub_batch > self.super_batch:
             raise ValueError(f"sub_batch {self.sub_batch} exceeds the super-batch {self.super_batch}")
         if self.choose == "round" and (self.filter_ratio or self.quota or self.scope == "local"):
@@ -203,6 +223,9 @@ class Workers(Part):
     """CPU threads per worker for the model."""
     prefetch: int = Field(default=2, gt=0)
     """Super-batches ready ahead of the step that trains on them."""
+    stall_s: float = Field(default=300.0, gt=0)
+    """Without a step for so long, the run says what each rank does; a rank that hangs as long again is ended, and all
+    begin again from the newest checkpoint. Several times the slowest step, evaluation or round's choice."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before the run gives up."""
     wait_for_nodes_s: float = Field(default=0.0, ge=0)
@@ -228,6 +251,7 @@ class TrainRecipe(WholeRecipe):
     data: Data = Data()
     learner: Weights = Weights()
     reference: Reference = Reference()
+    comparison: Comparison = Comparison()
     low_resolution: LowResolution = LowResolution()
     method: MethodArgument = Field(default_factory=lambda: {"name": "jest"})
     """{"name": a file in curation/methods, and the fields of its selector}; `uniform` is the rival of all."""
@@ -283,6 +307,7 @@ class TrainRecipe(WholeRecipe):
                 f"method {self.method['name']!r} goes towards a reference's weights: name them, as in "
                 "--reference.weights.checkpoint FILE"
             )
+        self._comparison_fits()
         self._rounds_fit()
         if self.train.weight_scope == "mimic" and not self.mimics:
             raise ValueError(f"train.weight_scope mimic is grad_mimic's, not {self.method['name']!r}'s")
@@ -319,6 +344,23 @@ class TrainRecipe(WholeRecipe):
         if self.train.distill and (self.is_classifier or self.mimics):
             raise ValueError("train.distill is for pairs, from the reference whose embeddings are compared with")
         return self
+
+    def _comparison_fits(self) -> None:
+        """ValueError if the method compares with a batch that nobody can make, or nobody asked for."""
+        name, run = self.method["name"], self.comparison.run
+        if not self.compares:
+            if run:
+                raise ValueError(f"comparison.run is for agra and influence, method {name!r} compares with no batch")
+            return
+        if not run:
+            raise ValueError(
+                f"method {name!r} compares with the gradient of a second batch: name its run, as in --comparison.run "
+                "RUN (held-out samples for influence, data.run itself for agra)"
+            )
+        if not (self.is_classifier and self.data.features):
+            raise ValueError(f"method {name!r} compares gradients of a head: it needs cross_entropy and data.features")
+        if self.train.scoring == "pool":
+            raise ValueError(f"train.scoring pool makes no comparison gradient, which method {name!r} needs")
 
     def _rounds_fit(self) -> None:
         """ValueError if the method cannot be asked the way it would be."""
@@ -363,6 +405,11 @@ class TrainRecipe(WholeRecipe):
     def mimics(self) -> bool:
         """True if the method's score is made of a reference's weights."""
         return "mimic_score" in self.selector().needs
+
+    @property
+    def compares(self) -> bool:
+        """True if the method compares with the gradient of a second batch."""
+        return "comparison_gradient" in self.selector().needs
 
     @property
     def logs_scores(self) -> bool:

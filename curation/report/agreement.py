@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
+from curation.data import tables
 from curation.evaluation.correlation import over_seeds, spearman_matrix
+from curation.methods.typicality import Typicality
 from curation.numerics.intervals import Interval
+from curation.numerics.sampling import uid_words
 from curation.report.folder import CurationRun, TrainingRun, load, remembered
 from curation.report.scan import scan
 
@@ -30,9 +36,16 @@ class Agreement(NamedTuple):
     """Scores that not every seed has."""
 
 
-def agreement(seeds: Sequence[str]) -> Agreement:
-    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing."""
-    found = [scores_of(seed) for seed in seeds]
+def agreement(seeds: Sequence[str], *, only: Sequence[str] = (), typicality: str | None = None) -> Agreement:
+    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing.
+
+    `only`: the scores that are compared, all of them by default. `typicality`: a column of vectors whose typicality is
+    one more score.
+    """
+    found = [scores_of(seed, typicality=typicality) for seed in seeds]
+    if unknown := sorted(set(only) - {name for scores in found for name in scores}):
+        raise ValueError(f"no seed has a score {unknown[0]!r}, there are {sorted(found[0])}")
+    found = [{name: values for name, values in scores.items() if name in only or not only} for scores in found]
     common = [name for name in found[0] if all(name in scores for scores in found)]
     left_out = sorted({name for scores in found for name in scores} - set(common))
     if len(common) < 2:
@@ -41,7 +54,7 @@ def agreement(seeds: Sequence[str]) -> Agreement:
     return Agreement(common, matrices, over_seeds(matrices), left_out)
 
 
-def scores_of(seed: str) -> dict[str, np.ndarray]:
+def scores_of(seed: str, *, typicality: str | None = None) -> dict[str, np.ndarray]:
     """The scores of the embedded rows of one seed, by name; a ledger's by its method's."""
     runs = [run for url in seed.split(BETWEEN_RUNS) for run in load(url)]
     curated = [run for run in runs if isinstance(run, CurationRun)]
@@ -55,4 +68,29 @@ def scores_of(seed: str) -> dict[str, np.ndarray]:
         if memory is None or run.recipe.get("data", {}).get("run") != curated[0].url:
             raise ValueError(f"{run.url} has no ledger on disk, or was not trained on {curated[0].url}")
         beside[str(run.recipe["method"]["name"])] = memory.scores_of
-    return scan(curated[0].url, curated[0].numbers, steps=(), beside=beside).scores
+    found = scan(curated[0].url, curated[0].numbers, steps=(), beside=beside)
+    of_vectors = {} if typicality is None else {"typicality": _typicality(curated[0], typicality, found.addresses)}
+    return {**found.scores, **of_vectors}
+
+
+def _typicality(run: CurationRun, column: str, addresses_n: np.ndarray) -> np.ndarray:
+    """Each row's typicality (n,) among all of them, by a column of vectors; NaN for a row that has none.
+
+    All rows at once, as the method does it up to `exact_rows`; ValueError above that, or if there is no such column.
+    """
+    method = Typicality(column=column)
+    if len(addresses_n) > method.exact_rows:
+        raise ValueError(f"typicality: {len(addresses_n):,} rows, and all are compared: at most {method.exact_rows:,}")
+    parts = []
+    for number in run.numbers:
+        if column not in tables.column_names(run.url, number):
+            raise ValueError(f"typicality: {run.url} has no column {column!r} in shard {number}")
+        table = tables.read(run.url, number, ["address", "uid", column])
+        parts.append(table.filter(pc.field(column).is_valid()))
+    whole = pa.concat_tables(parts)
+    rows = {
+        column: torch.tensor(tables.as_array(whole[column], name=column)),
+        "uid": torch.from_numpy(uid_words(whole["uid"].to_pylist()).view(np.int64)),
+    }
+    by_address = dict(zip(whole["address"].to_pylist(), method.score(rows, 0.0).tolist(), strict=True))
+    return np.array([by_address.get(address, np.nan) for address in addresses_n.tolist()], np.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -41,14 +42,22 @@ class Bars:
     counts: Sequence[int] | np.ndarray
 
 
+class Panel(NamedTuple):
+    """A chart with its heading."""
+
+    title: str
+    chart: Markup
+
+
 def number(value: float) -> str:
     """A number for a tick or a tile: 1.5M, 20k, 0.25. At most four digits."""
     if value == 0:
         return "0"
+    rounded = float(f"{value:.3g}")  # 999.6 is 1k, not 1e+03
     for scale, prefix in PREFIXES:
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{prefix}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+        if abs(rounded) >= scale:
+            return f"{rounded / scale:.3g}{prefix}".replace("-", "−")
+    return f"{rounded:.3g}".replace("-", "−")
 
 
 def share(value: float) -> str:
@@ -68,8 +77,11 @@ def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
 def line_chart(
     lines: Sequence[Line], *, x_label: str, y_label: str, as_share: bool = False, width: int = WIDTH
 ) -> Markup:
-    """Curves over a common axis that begins at 0, drawn `width` units wide. Empty if no curve has a finite point."""
-    drawn = [thin for line in lines if len((thin := _thinned(line)).x)]
+    """Curves over a common axis that begins at 0, drawn `width` units wide. Empty if no curve has a finite point.
+
+    The band of a share is drawn as far as shares go: an interval of a few seeds may reach beyond 0 or 1.
+    """
+    drawn = [thin for line in lines if len((thin := _thinned(line, between=(0.0, 1.0) if as_share else None)).x)]
     if not drawn:
         return Markup("")
     highest = max(float(np.max(np.concatenate([line.y, line.high]))) for line in drawn)
@@ -124,8 +136,8 @@ def histogram(
     return _svg(parts, f"histogram of {x_label}", WIDTH)
 
 
-def _thinned(line: Line) -> Line:
-    """The curve at its finite points, and at most MAX_POINTS of them."""
+def _thinned(line: Line, *, between: tuple[float, float] | None) -> Line:
+    """The curve at its finite points, and at most MAX_POINTS of them; its band clipped to what is given."""
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
     banded = len(line.low) == len(x) and len(x) > 0
     low, high = (np.asarray(side, float) if banded else y for side in (line.low, line.high))
@@ -134,6 +146,8 @@ def _thinned(line: Line) -> Line:
     if len(columns[0]) > MAX_POINTS:
         columns = [np.array([part.mean() for part in np.array_split(column, MAX_POINTS)]) for column in columns]
     x, y, low, high = columns
+    if between is not None:
+        low, high = np.clip(low, *between), np.clip(high, *between)
     return Line(line.label, x, y, line.colour, low if banded else (), high if banded else ())
 
 

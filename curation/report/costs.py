@@ -1,12 +1,14 @@
 """What a run cost, part by part: seconds, device hours, money, energy; and what as much would cost on a larger pool.
 
 Seconds are what the run itself noted, device hours are these times the GPUs (or CPU cores) that were held meanwhile.
-Energy is an estimate, hours times an assumed power, and is called one: no run measures it yet. Money needs a price
-file. What is not known is None, and is told as such, never as 0.
+Energy is what the boards' own counters said (NVML), if the run noted it for all of a part; otherwise it is an estimate,
+hours times an assumed power, and is called one. A training step's joules are shared out by its phases' seconds. Money
+needs a price file. What is not known is None, and is told as such, never as 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from curation.report.folder import CurationRun, TrainingRun
 
 POOL_SIZES = (1_000_000, 100_000_000, 5_000_000_000)
 HOUR_S = 3600.0
+KWH_J = 3.6e6
 SCORING = ("seconds_score", "seconds_select", "seconds_exchange", "seconds_ledger")
 
 
@@ -54,6 +57,8 @@ class Cost(NamedTuple):
     samples: int | None
     money: float | None
     kwh: float | None
+    is_measured: bool = False
+    """Whether `kwh` was counted by the boards, and is no estimate."""
     about: str = ""
 
 
@@ -82,22 +87,42 @@ def curation_costs(run: CurationRun, prices: Prices) -> list[Cost]:
     embedded_by, compute = run.whole_recipe.get("embedded_by", {}), run.recipe.get("compute", {})
     device = embedded_by.get("compute.device", "cpu")
     rates = run.summary.get("images_per_second", {})
-    embedded = sum(run.records[number]["embedded"] for number in run.numbers)
     held = compute.get("gpus_per_actor", 1.0) if device == "cuda" else compute.get("torch_threads", 1)
-    busy = [run.records[number].get("seconds", {}) for number in run.numbers]
-    actor_s = sum(each.get(name, 0.0) for each in busy for name in ("wait", "forward", "write"))
-    costs = []
+    spent = _spent(run)
+    embedded, costs = spent.embedded, []
     if embedded:
         clock = embedded / rates["embed"] if rates.get("embed") else None
         about = "reading, decoding, embedding and scoring the pool; as a reference's cache, the same pass"
-        costs.append(_cost("scoring", device, clock, actor_s * held / HOUR_S, embedded, prices, about))
+        # Of a board that several actors share each has counted the whole.
+        joules = None if spent.joules is None else held * spent.joules
+        hours = spent.actor_seconds * held / HOUR_S
+        costs.append(_cost("scoring", device, clock, hours, embedded, prices, about=about, joules=joules))
     for part, samples in (("select", embedded), ("write", run.summary.get("selected"))):
         if samples and rates.get(part):
             seconds = samples / rates[part]
             costs.append(
-                _cost(part, "cpu", seconds, seconds / HOUR_S, samples, prices, "on one core of the driver's node")
+                _cost(part, "cpu", seconds, seconds / HOUR_S, samples, prices, about="on one core of the driver's node")
             )
     return costs
+
+
+class _Spent(NamedTuple):
+    embedded: int
+    actor_seconds: float
+    joules: float | None
+
+
+def _spent(run: CurationRun) -> _Spent:
+    """What the pieces of a run note, added up. One record at a time: a large pool has some hundred thousand."""
+    embedded, seconds, joules = 0, 0.0, 0.0
+    for number in run.numbers:
+        record = run.records[number]
+        embedded += record["embedded"]
+        seconds += sum(record.get("seconds", {}).get(name, 0.0) for name in ("wait", "forward", "write"))
+        if record["embedded"]:
+            used = record.get("joules")
+            joules += math.nan if used is None else used
+    return _Spent(embedded, seconds, None if math.isnan(joules) else joules)
 
 
 def training_costs(
@@ -110,21 +135,11 @@ def training_costs(
     costs = []
     if needs_reference(run):
         if reference is not None:
-            costs += [_total(reference, prices, "reference", "training it")]
+            costs.append(_total(reference, prices))
         else:
-            costs += [
-                _cost(
-                    "reference",
-                    device,
-                    None,
-                    None,
-                    None,
-                    prices,
-                    "came with its weights: what it cost is not known here",
-                )
-            ]
+            costs.append(_unknown("reference", device, "came with its weights: what it cost is not known here"))
         if pool is None:
-            costs += [_cost("cache", device, None, None, None, prices, "the curated run was not found")]
+            costs.append(_unknown("cache", device, "the curated run was not found"))
         else:
             costs += [
                 cost._replace(part="cache", about="embedding the pool with the reference")
@@ -136,10 +151,12 @@ def training_costs(
         ("scoring and selecting", SCORING, loaded),
         ("training", ("seconds_step",), trained),
     )
-    for part, columns, samples in parts:
-        seconds = _sum(run.steps, columns)
+    spent = [(part, _sum(run.steps, columns), samples) for part, columns, samples in parts]
+    whole, joules = sum(seconds or 0.0 for _, seconds, _ in spent), _joules(run)
+    for part, seconds, samples in spent:
         if seconds is not None:
-            costs.append(_cost(part, device, seconds, seconds * held / HOUR_S, samples, prices, ""))
+            used = joules * seconds / whole if joules is not None and whole else None
+            costs.append(_cost(part, device, seconds, seconds * held / HOUR_S, samples, prices, joules=used))
     return costs
 
 
@@ -176,10 +193,24 @@ def estimates(run: CurationRun, prices: Prices, *, table_bytes_per_row: float) -
     return found
 
 
-def _total(run: TrainingRun, prices: Prices, part: str, about: str) -> Cost:
-    whole = training_costs(run, None, None, prices)
+def _total(reference: TrainingRun, prices: Prices) -> Cost:
+    whole = training_costs(reference, None, None, prices)
     seconds, hours = (sum(getattr(cost, name) or 0.0 for cost in whole) for name in ("seconds", "device_hours"))
-    return _cost(part, device_of(run), seconds, hours, run.summary.get("samples_trained"), prices, about)
+    samples = reference.summary.get("samples_trained")
+    return _cost(
+        "reference",
+        device_of(reference),
+        seconds,
+        hours,
+        samples,
+        prices,
+        about="training it",
+        joules=_joules(reference),
+    )
+
+
+def _unknown(part: str, device: str, about: str) -> Cost:
+    return Cost(part, device, None, None, None, None, None, about=about)
 
 
 def _cost(
@@ -189,12 +220,23 @@ def _cost(
     hours: float | None,
     samples: int | None,
     prices: Prices,
-    about: str,
+    *,
+    about: str = "",
+    joules: float | None = None,
 ) -> Cost:
     price = prices.hour(device)
     money = None if hours is None or price is None else hours * price
-    kwh = None if hours is None else hours * prices.watts(device) / 1000
-    return Cost(part, device, seconds, hours, samples, money, kwh, about)
+    estimate = None if hours is None else hours * prices.watts(device) / 1000
+    kwh = estimate if joules is None else joules / KWH_J
+    return Cost(part, device, seconds, hours, samples, money, kwh, joules is not None, about)
+
+
+def _joules(run: TrainingRun) -> float | None:
+    """What all steps used; None if of one it is not known, or others scored for the workers, whom no step counts."""
+    if "joules" not in run.steps.column_names or run.recipe.get("train", {}).get("scoring") == "pool":
+        return None
+    used = run.steps["joules"].to_pylist()
+    return None if None in used else float(sum(used))
 
 
 def _sum(steps: pa.Table, columns: Sequence[str]) -> float | None:

@@ -14,21 +14,20 @@ from markupsafe import Markup
 from curation.data import manifest, storage, tables
 from curation.data.shards import DROP_REASONS
 from curation.evaluation.correlation import spearman_matrix
-from curation.numerics.intervals import wilson
 from curation.recipe import Embed, Pool, Step, parse_steps
 from curation.report import costs, folder, galleries, thumbnails
 from curation.report.charts import Bars, histogram
 from curation.report.costs import Cost, Estimate, Prices
 from curation.report.folder import CurationRun, StepCount
 from curation.report.galleries import ShownGallery
-from curation.report.scan import DUPLICATE, UNKNOWN, Group, Scan, scan, score_column
+from curation.report.lift import GroupTable, group_tables
+from curation.report.outcomes import DUPLICATE
+from curation.report.rating_view import RatingView, rating_views
+from curation.report.scan import Scan, scan
 from curation.report.thumbnails import Sample
 
 BINS = 48
 PERCENTILES = (0, 5, 20, 50, 80, 95, 100)
-GROUPS_SHOWN = 10
-MAX_RELIABLE_ROWS = 30
-"""A group of fewer rows has a lift that means little; it is shown paler."""
 
 
 class Stage(NamedTuple):
@@ -59,27 +58,6 @@ class ScoreView(NamedTuple):
     known: int
 
 
-class GroupView(NamedTuple):
-    """A group's kept share with its interval, and lift: its kept share over that of all rows."""
-
-    value: str
-    rows: int
-    kept: int
-    share: float
-    low: float
-    high: float
-    lift: float
-
-
-class GroupTable(NamedTuple):
-    """The largest groups of a column, and how many rows are in the others."""
-
-    column: str
-    groups: list[GroupView]
-    num_others: int
-    rows_of_others: int
-
-
 @dataclass(frozen=True)
 class CurationView:
     """All that is shown of a run."""
@@ -95,6 +73,8 @@ class CurationView:
     sampled: int
     """Rows that the score figures are of; `embedded` unless the pool is very large."""
     galleries: list[ShownGallery]
+    ratings: list[tuple[RatingView, list[ShownGallery]]]
+    """What `jobs.fit ratings` left, with its images."""
     groups: list[GroupTable]
     score_names: list[str]
     correlation: np.ndarray
@@ -128,11 +108,11 @@ def curation_view(
     dropped = {reason: count for reason, count in found.outcomes.items() if reason in DROP_REASONS}
     read, kept = sum(found.outcomes.values()), found.outcomes["kept"]
     selected = run.summary.get("selected")
-    ranked_by = score_column(steps)
-    ranked_by = ranked_by if ranked_by in found.scores else None
     counts = folder.waterfall(run)
-    planned = galleries.galleries(found, ranked_by=ranked_by, cut=_examples(counts, found)) if with_images else []
-    shown = _samples(run, planned, dropped if with_images else {}, found, ranked_by, safety, max_image_bytes)
+    planned = galleries.galleries(found, cut=_examples(counts, found)) if with_images else []
+    rated = rating_views(run)
+    of_ratings = [gallery for view in rated for gallery in view.galleries if with_images]
+    shown = _samples(run, [*planned, *of_ratings], dropped if with_images else {}, found, safety, max_image_bytes)
     return CurationView(
         run=run,
         read=read,
@@ -141,12 +121,11 @@ def curation_view(
         selected=kept if selected is not None else None,
         waterfall=_waterfall(counts, selected, read=read, dropped=dropped),
         reasons=_reasons(dropped, found, shown),
-        scores=[_score(name, found, ranked_by, steps) for name in found.scores],
+        scores=[_score(name, found) for name in found.scores],
         sampled=len(found.addresses),
-        galleries=[
-            ShownGallery(g.title, g.about, [[shown[a] for a in group] for group in g.groups], g.kind) for g in planned
-        ],
-        groups=[_group_table(column, rows, found.embedded, kept) for column, rows in _groups(run, found).items()],
+        galleries=galleries.shown(planned, shown),
+        ratings=[(view, galleries.shown(view.galleries if with_images else [], shown)) for view in rated],
+        groups=group_tables(found.groups, folder.audited(run), embedded=found.embedded, kept=kept),
         score_names=list(found.scores),
         correlation=spearman_matrix(found.scores),
         costs=costs.curation_costs(run, prices),
@@ -196,7 +175,6 @@ def _samples(
     planned: Sequence[galleries.Gallery],
     dropped: Mapping[str, int],
     found: Scan,
-    ranked_by: str | None,
     safety: Mapping[str, float],
     max_bytes: int,
 ) -> dict[int, Sample]:
@@ -206,7 +184,7 @@ def _samples(
         galleries.all_addresses(planned, dropped, found),
         rules=pool.read_rules(),
         max_pixels=pool.max_pixels,
-        scores=[name for name in [ranked_by or next(iter(found.scores), None)] if name],
+        scores=[found.shown_score] if found.shown_score else [],
         safety=safety,
         max_bytes=max_bytes,
     )
@@ -221,14 +199,15 @@ def _reasons(dropped: Mapping[str, int], found: Scan, shown: Mapping[int, Sample
     ]
 
 
-def _score(name: str, found: Scan, ranked_by: str | None, steps: Sequence[Step]) -> ScoreView:
+def _score(name: str, found: Scan) -> ScoreView:
     """A score's histogram over the rows of the sample, kept ones apart; bins from the least to the greatest value."""
     values = found.scores[name].astype(float)
     known = np.isfinite(values)
     low, high = float(values[known].min()), float(values[known].max())
     edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
     of_kept, of_cut = (np.histogram(values[known & mask], edges)[0] for mask in (found.is_kept, ~found.is_kept))
-    cut = float(values[known & found.is_kept].min()) if name == ranked_by and (known & found.is_kept).any() else None
+    is_cut = found.ranked is not None and found.ranked == (name, True) and bool((known & found.is_kept).any())
+    cut = float(values[known & found.is_kept].min()) if is_cut else None
     chart = histogram(edges, [Bars("kept", "kept", of_kept), Bars("cut", "cut", of_cut)], x_label=name, cut=cut)
     chosen = values[known & found.is_kept]
     table = [
@@ -236,28 +215,6 @@ def _score(name: str, found: Scan, ranked_by: str | None, steps: Sequence[Step])
         for q in PERCENTILES
     ]
     return ScoreView(name, chart, table, int(known.sum()))
-
-
-def _groups(run: CurationRun, found: Scan) -> dict[str, list[Group]]:
-    """Column -> its groups: those of the scan, and of the run's own audit the columns that it has besides."""
-    groups = dict(found.groups)
-    for column in dict.fromkeys(group.column for group in folder.audited(run)):
-        if column not in groups and column.removeprefix("json.") not in groups:
-            rows = [Group(g.value or UNKNOWN, g.rows, g.kept) for g in folder.audited(run) if g.column == column]
-            groups[column] = sorted(rows, key=lambda group: -group.rows)
-    return groups
-
-
-def _group_table(column: str, rows: Sequence[Group], embedded: int, kept: int) -> GroupTable:
-    overall = kept / embedded if embedded else 0.0
-    views = []
-    for group in rows[:GROUPS_SHOWN]:
-        share = group.kept / group.rows if group.rows else 0.0
-        low, high = wilson(group.kept, group.rows)
-        views.append(
-            GroupView(group.value, group.rows, group.kept, share, low, high, share / overall if overall else 0.0)
-        )
-    return GroupTable(column, views, len(rows) - len(views), sum(group.rows for group in rows[GROUPS_SHOWN:]))
 
 
 def _bytes_per_row(run: CurationRun, read: int) -> float:

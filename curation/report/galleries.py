@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from curation.data.shards import DROP_REASONS
-from curation.report.scan import DUPLICATE, JUST_CUT, JUST_KEPT, Scan
+from curation.report.outcomes import DUPLICATE
+from curation.report.picks import JUST_CUT, JUST_KEPT
+from curation.report.scan import Scan
 from curation.report.thumbnails import Sample
 
 BANDS = ((0, 20), (30, 80), (80, 100))
@@ -29,7 +31,7 @@ class Gallery(NamedTuple):
     """kept, cut, dropped or mixed: the page's colour."""
 
 
-def galleries(scan: Scan, *, ranked_by: str | None, cut: Mapping[str, list[int]] | None) -> list[Gallery]:
+def galleries(scan: Scan, *, cut: Mapping[str, list[int]] | None) -> list[Gallery]:
     """The galleries of a curated run, without empty ones.
 
     `cut`: step -> some of the rows that it removed. Without it what was cut is shown as one, by whatever step.
@@ -41,16 +43,15 @@ def galleries(scan: Scan, *, ranked_by: str | None, cut: Mapping[str, list[int]]
         found.append(Gallery("Cut", "by any step", [[shown.address for shown in pooled[:SHOWN]]], "cut"))
     else:
         found += [Gallery(f"Cut by {name}", "some of them", [rows[:SHOWN]], "cut") for name, rows in cut.items()]
-    if ranked_by is not None:
-        near = [scan.picks.addresses(name, SHOWN) for name in (JUST_KEPT, JUST_CUT)]
-        found.append(Gallery("Borderline, just kept", f"the lowest {ranked_by} that was kept", [near[0]], "kept"))
-        found.append(Gallery("Borderline, just cut", f"the highest {ranked_by} that was cut", [near[1]], "cut"))
+    if scan.ranked is not None and scan.ranked.has_cut:
+        near, by = [scan.picks.addresses(name, SHOWN) for name in (JUST_KEPT, JUST_CUT)], scan.ranked.column
+        found.append(Gallery("Borderline, just kept", f"the lowest {by} that was kept", [near[0]], "kept"))
+        found.append(Gallery("Borderline, just cut", f"the highest {by} that was cut", [near[1]], "cut"))
     copies = [group[:SHOWN_OF_A_GROUP] for group in scan.copies[:COPY_GROUPS]]
     found.append(Gallery("One uid, several rows", "the first one may be kept, the later ones never", copies, "mixed"))
     alike = [group[:SHOWN_OF_A_GROUP] for group in scan.alike[:COPY_GROUPS]]
     found.append(Gallery("Same image bytes", "groups of rows whose images are equal to the bit", alike, "mixed"))
-    score = ranked_by or next(iter(scan.scores), None)
-    if score is not None and score in scan.scores:
+    if (score := scan.shown_score) is not None:
         found += [_band(scan, score, low, high) for low, high in BANDS]
     return [gallery for gallery in found if any(gallery.groups)]
 
@@ -89,3 +90,11 @@ class ShownGallery(NamedTuple):
     about: str
     groups: list[list[Sample]]
     kind: str
+
+
+def shown(found: Sequence[Gallery], samples: Mapping[int, Sample]) -> list[ShownGallery]:
+    """The galleries with their samples; one whose address is none of the pool's any more is without it."""
+    return [
+        ShownGallery(g.title, g.about, [[samples[a] for a in group if a in samples] for group in g.groups], g.kind)
+        for g in found
+    ]

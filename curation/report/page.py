@@ -93,6 +93,7 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         "hours": hours,
         "percent": percent,
         "figure": figure,
+        "signed": signed,
         "lift_bar": lift_bar,
         "energy": energy,
     }
@@ -106,6 +107,7 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         style=Markup(style),
         script=Markup(script),
         script_digest=digest,
+        seeds_of=seeds_of,
         title=" · ".join([view.run.label for view in views] or ["training"]),
     )
     if (size := len(html.encode())) > MAX_BYTES:
@@ -161,12 +163,22 @@ def energy(kwh: float) -> str:
     for unit, size in (("MWh", 1000.0), ("kWh", 1.0)):
         if kwh >= size:
             return f"{kwh / size:.3g} {unit}" if kwh < 1000 * size else f"{kwh / size:,.0f} {unit}"
-    return f"{1000 * kwh:.2g} Wh"
+    return f"{charts.number(1000 * kwh)} Wh"
 
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage."""
     return f"{100 * share:.{digits}f}%"
+
+
+def seeds_of(whole_recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names and values of a run's seeds, as they are shown."""
+    return [(f"seed of {name.replace('_', ' ')}", seed) for name, seed in whole_recipe.get("seeds", {}).items()]
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number that may be negative, with a real minus; what rounds to 0 is 0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def figure(value: float) -> str:

@@ -16,14 +16,21 @@ MIN_TILE = 48
 """Pixels a side of a shown sample, at least; small ones are enlarged without smoothing."""
 
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+:root { color-scheme: light dark; --line: #ddd; --soft: #666; --warn: #fff3cd; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --warn: #5a4a12; } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; max-width: 84rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 .arms { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .4rem; }
+img { max-width: 100%; image-rendering: pixelated; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; color: var(--soft); }
+dt { font-weight: 600; } dd { margin: 0; }
 .wide { overflow-x: auto; }
-.warning { background: #fff3cd; padding: .5rem .8rem; }
+.warning { background: var(--warn); padding: .5rem .8rem; }
 """
 
 
@@ -45,26 +52,39 @@ def page(
     samples: Mapping[str, np.ndarray],
     *,
     table: Sequence[Sequence[str]],
+    legend: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> str:
-    """One HTML page that needs no other file. `table` has its head first; sample i of each arm began as one noise."""
+    """One HTML page that needs no other file. `table` has its head first, `legend` says what its columns mean; sample i
+    of each arm began as one noise."""
     figures = "".join(
         f'<figure><figcaption>{html.escape(name)}</figcaption><img alt="samples of {html.escape(name)}" '
         f'src="data:image/png;base64,{_png(grid(images))}"></figure>'
         for name, images in samples.items()
     )
     head, *lines = table
+    meanings = "".join(
+        f"<dt>{html.escape(_words(name))}</dt><dd>{html.escape(meaning)}</dd>"
+        for name, meaning in (legend or {}).items()
+        if name in head
+    )
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
         + "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings)
         + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         + '<div class="wide"><table><tr>'
-        + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        + f'</tr>{rows}</table></div><div class="arms">{figures}</div></html>'
+        + "".join(f"<th>{html.escape(_words(cell))}</th>" for cell in head)
+        + f"</tr>{rows}</table></div><dl>{meanings}</dl>"
+        + f'<h2>Samples, from the same noise at the same places</h2><div class="arms">{figures}</div></html>'
     )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _png(image: Image.Image) -> str:

@@ -1,8 +1,6 @@
-"""Training runs beside each other: arms of seeds, their curves, and what one method saves against uniform.
+"""Training runs beside each other: arms of seeds, and their curves.
 
-An arm is all the runs whose recipes differ in their seeds only. A saving is at equal quality: the share of uniform's
-cost that a method does not need to come to uniform's own last value. A method that never gets there is compared at its
-own best instead, which makes the saving what it is: negative. Costs before the first step (reference, cache) count.
+An arm is all the runs whose recipes differ in their seeds only. Costs before the first step (reference, cache) count.
 
 E evaluations.
 """
@@ -11,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from curation.numerics.intervals import Interval, t_interval
 from curation.report import costs
-from curation.report.charts import Line
+from curation.report.charts import MAX_POINTS, Line
 from curation.report.costs import Prices
 from curation.report.curves import AXES, Curve
 from curation.report.folder import CurationRun, TrainingRun
@@ -66,18 +63,6 @@ class Arm:
         return t_interval(known) if len(known) == len(values) else None
 
 
-class Saving(NamedTuple):
-    """What an arm saves against uniform on one axis; negative if it costs more."""
-
-    axis: str
-    quality: float
-    """Mean over seeds of the value at which they are compared."""
-    reached: bool
-    """False if the arm never came to uniform's last value, and they are compared at its own best."""
-    share: Interval
-    not_counted: Sequence[str]
-
-
 def arms(
     runs: Sequence[TrainingRun], pools: Mapping[str, CurationRun], references: Mapping[str, TrainingRun]
 ) -> list[Arm]:
@@ -116,64 +101,47 @@ def curve_lines(found: Sequence[Arm], axis: str, metric: str) -> list[Line]:
         if not all(len(table) for table in arm.tables()):
             continue
         cost_E, values_SE = arm.curve().along(axis, metric)
-        around = [t_interval(column.tolist()) for column in values_SE.T]
-        mean = np.array([each.mean for each in around])
-        half = np.array([each.half_width or 0.0 for each in around])
-        has_band = len(arm.runs) > 1
-        low, high = (mean - half, mean + half) if has_band else ((), ())
-        lines.append(Line(arm.label, cost_E, mean, arm.colour, low, high))
+        lines.append(_banded(arm, cost_E, values_SE))
     return lines
 
 
 def step_lines(found: Sequence[Arm], column: str) -> list[Line]:
-    """A line for each arm of a column of the step log, over samples trained: the mean over seeds."""
+    """A line for each arm of a column of the step log, over samples trained, as `curve_lines` are.
+
+    Stretches of steps are averaged within a seed first: an interval of single steps would be one of their noise.
+    """
     lines = []
     for arm in found:
         logs = [run.steps for run in arm.runs if column in run.steps.column_names and len(run.steps)]
         if len(logs) < len(arm.runs):
             continue
         length = min(map(len, logs))
-        x = np.asarray(logs[0]["samples_trained"].to_pylist()[:length], float)
-        y = np.array([[np.nan if v is None else v for v in log[column].to_pylist()[:length]] for log in logs], float)
-        if np.isfinite(y).all(axis=0).any():
-            lines.append(Line(arm.label, x, y.mean(axis=0), arm.colour))
+        x = _stretches(np.asarray(logs[0]["samples_trained"].to_pylist()[:length], float))
+        values_SE = np.array(
+            [
+                _stretches(np.array([np.nan if v is None else v for v in log[column].to_pylist()[:length]]))
+                for log in logs
+            ]
+        )
+        if np.isfinite(values_SE).all(axis=0).any():
+            lines.append(_banded(arm, x, values_SE))
     return lines
 
 
-def savings(arm: Arm, uniform: Arm, metric: str) -> list[Saving]:
-    """What `arm` saves against `uniform` on each axis, paired by seed; empty where one was never measured."""
-    pairs = list(zip(arm.tables(), uniform.tables(), strict=False))
-    if any(not len(mine) or not len(theirs) for mine, theirs in pairs):
-        return []
-    found = []
-    for axis in AXES:
-        each = [_saving(m, u, axis, metric, arm.before.get(axis, 0.0), uniform.before.get(axis, 0.0)) for m, u in pairs]
-        shares, qualities, reached = zip(*each, strict=True)
-        unknown = arm.not_counted if axis in ("flops", "seconds") else ()
-        found.append(Saving(axis, float(np.mean(qualities)), all(reached), t_interval(shares), unknown))
-    return found
+def _stretches(values: np.ndarray) -> np.ndarray:
+    """The means of at most MAX_POINTS stretches."""
+    return np.array([part.mean() for part in np.array_split(values, min(MAX_POINTS, len(values)))])
 
 
-def _saving(
-    mine: pa.Table, theirs: pa.Table, axis: str, metric: str, mine_before: float, theirs_before: float
-) -> tuple[float, float, bool]:
-    """Saved share, the quality at which it is measured, and whether that is the rival's last value."""
-    goal = float(theirs[metric][-1].as_py())
-    reached = max(mine[metric].to_pylist()) >= goal
-    quality = goal if reached else min(max(mine[metric].to_pylist()), max(theirs[metric].to_pylist()))
-    cost = _first_at(mine, axis, metric, quality) + mine_before
-    rival = _first_at(theirs, axis, metric, quality) + theirs_before
-    return 1 - cost / rival, quality, reached
-
-
-def _first_at(table: pa.Table, axis: str, metric: str, quality: float) -> float:
-    """The cost at which a curve first comes to a value that it does come to, between two evaluations by a line."""
-    cost, value = (np.asarray(table[name].to_pylist(), float) for name in (axis, metric))
-    place = int(np.argmax(value >= quality))
-    if place == 0:
-        return float(cost[0])
-    part = (quality - value[place - 1]) / (value[place] - value[place - 1])
-    return float(cost[place - 1] + part * (cost[place] - cost[place - 1]))
+def _banded(arm: Arm, x: np.ndarray, values_SE: np.ndarray) -> Line:
+    """The mean over seeds, in the band of its 95% t interval if there are several."""
+    if len(values_SE) == 1:
+        return Line(arm.label, x, values_SE[0], arm.colour)
+    mean = values_SE.mean(axis=0)
+    known = np.isfinite(mean)
+    half = np.full(len(mean), np.nan)
+    half[known] = [t_interval(column.tolist()).half_width for column in values_SE.T[known]]
+    return Line(arm.label, x, mean, arm.colour, mean - half, mean + half)
 
 
 def _before(

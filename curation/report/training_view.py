@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from curation.data import storage
 from curation.numerics.intervals import Interval
 from curation.numerics.quantiles import gini
 from curation.report import costs, training
-from curation.report.charts import Line, line_chart
+from curation.report.charts import Line, Panel, line_chart
 from curation.report.costs import Cost, Prices
 from curation.report.curves import AXES
 from curation.report.folder import CurationRun, Remembered, TrainingRun
-from curation.report.training import Arm, Saving
+from curation.report.savings import Saving, savings
+from curation.report.training import Arm
 
 NARROW = 272
 """Width of a chart that stands with three others in a row."""
@@ -28,13 +31,6 @@ STEP_COLUMNS = (
     ("learnability", "learnability of what is trained on", False),
     ("loss", "training loss", False),
 )
-
-
-class Panel(NamedTuple):
-    """A chart with its heading."""
-
-    title: str
-    chart: Markup
 
 
 class ArmView(NamedTuple):
@@ -113,11 +109,7 @@ def training_view(
         )
         steps += [Panel(title, chart)] if chart else []
     uniform = next((arm for arm in arms if arm.is_uniform), None)
-    saved = (
-        [(arm, training.savings(arm, uniform, metric)) for arm in arms if arm is not uniform]
-        if uniform and metric
-        else []
-    )
+    saved = [(arm, savings(arm, uniform, metric)) for arm in arms if arm is not uniform] if uniform and metric else []
     usage, lines = _usage(arms, memories)
     return TrainingView(
         arms=[_arm_view(arm, metrics) for arm in arms],
@@ -131,8 +123,15 @@ def training_view(
         savings=[(arm, found) for arm, found in saved if found],
         costs=[(arm, _costs(arm, pools, references, prices)) for arm in arms],
         recipes=[(run.label, json.dumps(run.recipe, indent=1, ensure_ascii=False), run.whole_recipe) for run in runs],
-        commands=[f"python -m jobs.train {run.url}/recipe.json --output AGAIN" for run in runs],
+        commands=[
+            f"python -m jobs.train {shlex.quote(storage.join(run.url, 'recipe.json'))} --output AGAIN" for run in runs
+        ],
     )
+
+
+def _command(run: TrainingRun) -> str:
+    """What makes a run again."""
+    return f"python -m jobs.train {shlex.quote(storage.join(run.url, 'recipe.json'))} --output AGAIN"
 
 
 def _arm_view(arm: Arm, metrics: Sequence[str]) -> ArmView:

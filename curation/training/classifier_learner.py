@@ -3,7 +3,8 @@
 For Grad-Mimic the reference is where the weights should go: each row's mimic score is made here, in closed form where
 the mimic layer is the head's weight, by one forward-mode pass for any other. The way there is computed anew at each
 step: a stale one would point back once the weights have passed. Where all rows that are scored are trained on, what the
-head saw and said is kept from the scoring pass, and the closed form costs two matrix products of the head's size.
+head saw and said is kept from the scoring pass. If nothing but a head is trained, a step is then two matrix products
+without automatic differentiation: one gives the logits and the way to the reference, the other the gradient.
 
 n rows of this rank, F features that the head sees, C classes.
 """
@@ -22,12 +23,28 @@ from torch.optim import Optimizer
 
 from curation.models.classifier import Classifier
 from curation.models.clip import Precision
-from curation.numerics.gradients import head_projection, head_residual, projection, towards
+from curation.numerics.gradients import (
+    head_gradient,
+    head_projection,
+    head_residual,
+    logits_and_way,
+    loss_and_residual,
+    projection,
+    towards,
+)
 from curation.selector import Rows
 from curation.training.flops import forward_flops
 from curation.training.learner import Kept, RowFlops, WeightScope, autocast, check_finite
 from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
-from curation.training.step import StepReport, backward_weighted, check_weights, report_of, take_step
+from curation.training.step import (
+    StepReport,
+    backward_weighted,
+    check_weights,
+    mean_over_ranks,
+    report_of,
+    take_step,
+    weighted_mean,
+)
 
 HEAD = "head.weight"
 OF_THE_HEAD = frozenset({"learner_loss", "mimic_score", "head_residual", "head_input"})
@@ -89,6 +106,8 @@ class ClassifierLearner:
         if not needs & OF_THE_HEAD or ("mimic_score" in needs and self.mimic_layer != HEAD):
             return None
         images, labels = (block[name].to(self._device) for name in self.inputs)
+        if next(self.network.tower.parameters(), None) is None:
+            return self._keep_head(block, images, labels, needs)
         with autocast(self._device, self.precision):
             logits, seen = model(images, with_seen=True)
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -104,6 +123,42 @@ class ClassifierLearner:
                 optimizer=optimizer,
                 max_grad_norm=max_grad_norm,
             )
+
+        return Kept(rows, step)
+
+    @torch.no_grad()
+    def _keep_head(self, block: Rows, images: Tensor, labels: Tensor, needs: frozenset[str]) -> Kept:
+        """As `keep`, where the head's are the only parameters: the gradient is written out."""
+        head, task_CF = self.network.head, None
+        if "mimic_score" in needs:
+            assert self.reference is not None
+            if self.reference.head.weight.shape != head.weight.shape:
+                check_fits({HEAD: head.weight}, {HEAD: self.reference.head.weight})
+            task_CF = self.reference.head.weight - head.weight
+        with autocast(self._device, self.precision):
+            seen_nF = self.network.seen_by_head(images)
+            logits_nC, moved_nC = logits_and_way(seen_nF, head.weight, head.bias, task_CF)
+        losses_n, residual_nC = loss_and_residual(logits_nC, labels)
+        rows: Rows = {"learner_loss": losses_n, "head_residual": residual_nC, "head_input": seen_nF}
+        rows = {name: value for name, value in rows.items() if name in needs}
+        if task_CF is not None and moved_nC is not None:
+            length = task_CF.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            rows["mimic_score"] = -(residual_nC * moved_nC).sum(dim=1) / length
+        rows = self._checked(rows | self._reference_rows(block, needs))
+
+        @torch.no_grad()
+        def backward(weights_n: Tensor) -> StepReport:
+            weighted_mean(losses_n, weights_n)
+            weighted_nC = residual_nC * weights_n[:, None]
+            of_bias_nC = weighted_nC if self.weight_scope == "all" else residual_nC
+            head.weight.grad = mean_over_ranks(head_gradient(weighted_nC, seen_nF.float()))
+            head.bias.grad = mean_over_ranks(of_bias_nC.mean(dim=0))
+            hits = (logits_nC.argmax(dim=1) == labels).sum()
+            return report_of(losses_n, weights_n, hits=hits, logit_scale=None)
+
+        def step(weights: Tensor, optimizer: Optimizer, max_grad_norm: float) -> StepReport:
+            check_weights(weights, len(labels))
+            return take_step(lambda: backward(weights), optimizer=optimizer, max_grad_norm=max_grad_norm)
 
         return Kept(rows, step)
 
@@ -161,6 +216,17 @@ class ClassifierLearner:
 
                 scores.append(projection(losses_of, weights, direction)[1])
         return torch.cat(scores)
+
+    @torch.no_grad()
+    def mean_head_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean of the rows' gradients of the head's weight, (C, F), at the weights as they are."""
+        total = torch.zeros_like(self.network.head.weight)
+        for some, of_some in self._batches({self.images: images, "label": labels}):
+            with autocast(self._device, self.precision):
+                seen = self.network.seen_by_head(some)
+                logits = self.network.head(seen).float()
+            total += len(of_some) * head_gradient(head_residual(logits, of_some), seen.float())
+        return total / len(labels)
 
     def alignment(self, block: Rows) -> Alignment | None:
         """By the accuracy of labels, which may be noisy, on the first `score_batch` rows."""

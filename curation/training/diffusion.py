@@ -3,7 +3,8 @@
 Ho et al. 2020 (arXiv:2006.11239), Algorithm 1; Song et al. 2021 (arXiv:2010.02502), Eq. 12 with sigma = 0. Network and
 schedulers are those of diffusers; the defaults follow lucidrains' denoising-diffusion-pytorch of October 2023: it
 predicts v (Salimans and Ho 2022, arXiv:2202.00512), noise follows the sigmoid schedule, the loss of v is weighted by
-the share of signal, and weights are averaged. All that is drawn comes from one generator on the CPU, whose state is
+the share of signal, and weights are averaged, as ema_pytorch does it: copied for 100 steps, then remembered the longer
+the more there is to remember, up to `ema_decay`. All that is drawn comes from one generator on the CPU, whose state is
 saved with the weights, so a training that was interrupted goes on as if it had not been.
 
 N images, n samples, B rows of a batch, S pixels a side.
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 
 BETAS_OF_ADAM = (0.9, 0.99)
 LARGEST_BETA = 0.999
+AVERAGED_AFTER, AVERAGING_POWER = 100, 2 / 3
+"""Steps for which weights are copied, and how fast the decay then grows: ema_pytorch's own."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ def linear_betas(num_steps: int) -> Tensor:
     """Variances (T,) float64, for 1,000 steps from 1e-4 to 0.02, for others as much noise in all: Ho et al. Sec. 4."""
     scale = 1000 / num_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=torch.float64).clamp(0, LARGEST_BETA)
+
+
+def decay_at(step: int, *, most: float) -> float:
+    """What share of the averaged weights stays at an update after so many steps, at most `most`.
+
+    With a fixed share the weights of the first steps would be most of the average for hundreds of updates.
+    """
+    return min(most, 1 - (1 + max(0, step - AVERAGED_AFTER)) ** -AVERAGING_POWER)
 
 
 class Diffusion:
@@ -145,8 +156,7 @@ class Diffusion:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # The first average is the weights themselves: random ones would be remembered for thousands of steps.
-        decay = 0.0 if self.step == self.spec.ema_every else self.spec.ema_decay
+        decay = decay_at(self.step, most=self.spec.ema_decay)
         for average, weight in zip(self._averaged.parameters(), self._network.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
 

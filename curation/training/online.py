@@ -5,6 +5,10 @@ addresses and run the same seeded selection, so every rank knows the whole resul
 levelled: each rank trains on b/W of them, keeps as many of its own chosen rows as that, and hands what it has above to
 ranks that have fewer. `scope="local"` and `quota=True` are cheaper and worse; they exist to measure by how much.
 
+Where a step has to train on every row and some cannot be decoded, nothing can stand in for those: they keep their
+places with weight 0, the weights of the others make up for it, and so the loss is the mean over the others. (Of pairs a
+blank image and its caption stay among the negatives.)
+
 B rows of the super-batch, n = B/W of each rank, b rows chosen.
 """
 
@@ -42,11 +46,12 @@ class Chosen(NamedTuple):
     scores: Tensor
     """(n,) float32 of this rank's rows, as the method scores them; NaN for a row that could not be used."""
     selected: Rows
-    """The gathered columns of the b chosen rows, in order of their addresses."""
+    """The gathered columns of the b chosen rows, in order of their addresses; without those that could not be used."""
     is_own_selected: Tensor
-    """(n,) bool: which of this rank's rows were chosen, wherever they are trained on."""
+    """(n,) bool: which of this rank's rows were chosen, wherever they are trained on. A row that could not be used and
+    had to be taken is one of them: its turn has passed."""
     row_weights: Tensor
-    """(n,) float32 of this rank's rows, wherever they are trained on; 0 for those that were not chosen."""
+    """(n,) float32 of this rank's rows, wherever they are trained on; 0 for those not chosen, or not to be used."""
     is_low: Tensor
     """(W n,) bool of all ranks' rows, on the CPU: which of the chosen are trained at low resolution."""
 
@@ -77,7 +82,8 @@ def choose(
     """Choose `keep` of all ranks' rows, and at random a share of them for low resolution. Collective.
 
     `rows` are this rank's n rows: `address`, `ok` (bool: may be chosen) and what the selector needs; all tensors on the
-    process group's device. ValueError if `keep` does not divide among the ranks, or fewer rows than that may be chosen.
+    process group's device. ValueError if `keep` does not divide among the ranks, or fewer rows than that may be chosen,
+    unless every row is to be.
     """
     rank, world_size = ranks()
     if keep % world_size:
@@ -91,17 +97,20 @@ def choose(
     scores = torch.full((n * world_size,), torch.nan, device=rows["address"].device)
     chosen, weights = [], []
     for index, (part, part_keep) in enumerate(zip(parts, keeps, strict=True)):
-        usable = part["ok"].nonzero().flatten()
-        if len(usable) < part_keep:
+        usable, unusable = part["ok"].nonzero().flatten(), (~part["ok"]).nonzero().flatten()
+        takes_all = part_keep == len(part["ok"])
+        if len(usable) < (1 if takes_all else part_keep):
             raise ValueError(f"step {step}: {part_keep} rows are to be chosen, {len(usable)} can be")
+        num_empty = len(unusable) if takes_all else 0
         in_order = usable[part["address"][usable].argsort(stable=True)]
         candidates = take(part, in_order)
         places = candidates.pop("place")
         generator = torch.Generator().manual_seed(_mixed(seed, step, index))
         scores[places] = selector.score(candidates, progress).float()
-        selection = selector.select(candidates, part_keep, progress, generator)
-        chosen.append(places[selection.indices])
-        weights.append(selection.weights.to(places.device))
+        selection = selector.select(candidates, part_keep - num_empty, progress, generator)
+        own_weights = selection.weights.to(places.device) * (part_keep / (part_keep - num_empty))
+        chosen += [places[selection.indices], part["place"][unusable[:num_empty]]]
+        weights += [own_weights, torch.zeros(num_empty, device=places.device)]
     places, weight = torch.cat(chosen), torch.cat(weights)
     if quota:
         places, weight = _with_quota(places, weight, scores, whole["ok"], n=n, share=share)
@@ -117,7 +126,7 @@ def choose(
     is_low = torch.zeros(n * world_size, dtype=torch.bool)
     generator = torch.Generator().manual_seed(_mixed(seed, step, -1))
     is_low[places.cpu()[torch.randperm(len(places), generator=generator)[: round(low_share * len(places))]]] = True
-    selected = take(gathered, places)
+    selected = take(gathered, places[whole["ok"][places]])
     return Chosen(own, handovers, own_weights, scores[mine], selected, is_selected[mine], row_weights[mine], is_low)
 
 

@@ -22,7 +22,7 @@ from curation.selector import Rows, Selector
 from curation.training.collectives import ranks
 from curation.training.learner import Learner
 from curation.training.picking import InFull, Picked, Picker, PickSettings, Stopwatch, SubBatch
-from curation.training.schedules import warmup_cosine
+from curation.training.schedules import RateSchedule, rate_factor
 from curation.training.step import StepReport
 
 
@@ -32,6 +32,7 @@ class OnlineSettings(PickSettings):
 
     num_steps: int
     learning_rate: float = 1e-3
+    schedule: RateSchedule = "cosine"
     warmup: float = 0.05
     cooldown: float = 0.0
     floor: float = 0.0
@@ -63,9 +64,10 @@ class OnlineTrainer:
         settings: OnlineSettings,
         *,
         recall: Callable[[Tensor], Rows] | None = None,
+        compare: Callable[[int], Rows] | None = None,
     ):
-        """`recall` and ValueError as in `Picker`."""
-        self.picker = Picker(learner, selector, settings, recall=recall)
+        """`recall`, `compare` and ValueError as in `Picker`."""
+        self.picker = Picker(learner, selector, settings, recall=recall, compare=compare)
         self.learner, self.optimizer, self.settings = learner, optimizer, settings
         self.device = self.picker.device
         model: nn.Module = learner.network
@@ -91,7 +93,8 @@ class OnlineTrainer:
         """Train on what was chosen; without a sub-batch on the forward pass that was kept. Collective."""
         settings, watch = self.settings, watch or Stopwatch()
         # The middle of the step: neither the first nor the last one has a learning rate of 0.
-        factor = warmup_cosine(
+        factor = rate_factor(
+            settings.schedule,
             (number + 0.5) / settings.num_steps,
             warmup=settings.warmup,
             cooldown=settings.cooldown,

@@ -73,11 +73,11 @@ class Picker:
         settings: PickSettings,
         *,
         recall: Callable[[Tensor], Rows] | None = None,
+        compare: Callable[[int], Rows] | None = None,
     ):
-        """`recall` gives the ledger's columns (n,) of addresses, on the CPU.
+        """`recall` gives the ledger's columns (n,) of addresses, on the CPU; `compare` a step's `comparison_gradient`.
 
-        ValueError if the selector needs what this learner, without a reference, cannot make, or the ledger and there is
-        none.
+        ValueError if the selector needs what this learner, without a reference, cannot make, or what neither gives.
         """
         needs = selector.needs
         if lacking := sorted(needs & learner.lacks):
@@ -86,9 +86,11 @@ class Picker:
             )
         if needs & LEDGER_COLUMNS and recall is None:
             raise ValueError(f"{type(selector).__name__} needs {sorted(needs & LEDGER_COLUMNS)} of a ledger")
+        if "comparison_gradient" in needs and compare is None:
+            raise ValueError(f"{type(selector).__name__} needs the comparison_gradient of a second batch")
         self.learner, self.settings = learner, settings
         self.device = next(learner.network.parameters()).device
-        self._selector, self._recall = selector, recall
+        self._selector, self._recall, self._compare = selector, recall, compare
         self.scores_learner = bool(needs & LEARNER_COLUMNS)
         """True if every row of the super-batch costs a forward pass of the learner."""
 
@@ -117,6 +119,8 @@ class Picker:
         with watch("score"):
             kept = None if model is None else self._keep(model, block)
             rows = self._rows(block, kept)
+            if "comparison_gradient" in self._selector.needs and self._compare is not None:
+                rows |= self._compare(number)
         with watch("select"):
             chosen = choose(
                 self._selector,

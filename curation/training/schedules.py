@@ -1,8 +1,28 @@
-"""Learning-rate schedules: pure functions of the progress, so a resumed run needs no schedule state."""
+"""Learning-rate schedules: pure functions of the progress, so a resumed run needs no schedule state.
+
+Progress is the share of the run's samples that were seen, so a schedule ends with the budget however long or short its
+rounds are. (torch.optim.lr_scheduler counts its own calls, and a OneCycleLR that is made anew each round jumps.)
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, assert_never
+
+RateSchedule = Literal["cosine", "step", "one-cycle"]
+
+
+def rate_factor(
+    schedule: RateSchedule, progress: float, *, warmup: float = 0.05, cooldown: float = 0.0, floor: float = 0.0
+) -> float:
+    """Factor on the learning rate at `progress` 0 to 1, by the schedule's name; the shape is that of the cosine."""
+    if schedule == "cosine":
+        return warmup_cosine(progress, warmup=warmup, cooldown=cooldown, floor=floor)
+    if schedule == "step":
+        return step_decay(progress)
+    if schedule == "one-cycle":
+        return one_cycle(progress)
+    assert_never(schedule)
 
 
 def warmup_cosine(progress: float, *, warmup: float = 0.05, cooldown: float = 0.0, floor: float = 0.0) -> float:

@@ -188,7 +188,12 @@ def backward_weighted(losses: Tensor, weights: Tensor, *, weighted: Sequence[nn.
     losses.mean().backward()
     for parameter, gradient in zip(weighted, gradients, strict=True):
         assert parameter.grad is not None
-        parameter.grad.copy_(sum_over_ranks(gradient) / ranks().world_size)
+        parameter.grad.copy_(mean_over_ranks(gradient))
+
+
+def mean_over_ranks(gradient: Tensor) -> Tensor:
+    """What DistributedDataParallel would leave of each rank's gradient. Collective."""
+    return sum_over_ranks(gradient) / ranks().world_size if ranks().world_size > 1 else gradient
 
 
 @torch.no_grad()

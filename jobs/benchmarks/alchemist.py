@@ -100,13 +100,13 @@ def _of_seed(seed: int, folder: Path, *, tiny: bool) -> dict[str, dict[str, Any]
     told: dict[str, dict[str, Any]] = {}
     for way in (*WAYS, HELD_OUT):
         path = folder / f"{prefix}-{way.replace(' ', '_')}.json"
-        told[way] = _once(path, lambda way=way: _taught(way, study, seed=seed, tiny=tiny))
+        told[way] = once(path, lambda way=way: taught(way, study, seed=seed, tiny=tiny))
     rated = {way: np.array(of["rating"]) for way, of in told.items() if of.get("rating") is not None}
-    judged = _once(folder / f"{prefix}-judged.json", lambda: _judged(study, rated, seed=seed))
+    judged = once(folder / f"{prefix}-judged.json", lambda: _judged(study, rated, seed=seed))
     return {"judged": judged, **told}
 
 
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".partial").write_text(json.dumps(make()))
@@ -115,7 +115,7 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _taught(way: str, study: Study, *, seed: int, tiny: bool) -> dict[str, Any]:
+def taught(way: str, study: Study, *, seed: int, tiny: bool) -> dict[str, Any]:
     """The pool's rating by one way to teach; `collapsed` in its place if the batch's weight fell to 0."""
     told = WAYS.get(way, {})
     validation = study.real_validation if told.get("validation") else study.validation
@@ -258,9 +258,9 @@ def summary(done: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
         },
         "taught": {
             way: {
-                "effective_rows": _interval([of[way]["effective_rows"] for of in done]),
-                "spearman_with_minus_loss": _interval([of[way]["spearman_with_minus_loss"] for of in done]),
-                "loss_by_kind": {kind: _interval([of[way]["loss_by_kind"][kind] for of in done]) for kind in KINDS},
+                "effective_rows": interval([of[way]["effective_rows"] for of in done]),
+                "spearman_with_minus_loss": interval([of[way]["spearman_with_minus_loss"] for of in done]),
+                "loss_by_kind": {kind: interval([of[way]["loss_by_kind"][kind] for of in done]) for kind in KINDS},
             }
             for way in ways
         },
@@ -294,7 +294,7 @@ def summary(done: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
 
 def _of_selection(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     told = _intervals([cell[name] for cell in cells])
-    told["distance_minus_random"] = _interval([c[name]["distance"] - c["random"]["distance"] for c in cells])
+    told["distance_minus_random"] = interval([c[name]["distance"] - c["random"]["distance"] for c in cells])
     return told
 
 
@@ -306,7 +306,7 @@ def _paired(judged: Sequence[Mapping[str, Any]], a: tuple[str, ...], b: tuple[st
     gains = [distance(of, a) - distance(of, b) for of in judged]
     error = float(np.std(gains, ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else None
     mean = float(np.mean(gains))
-    return {**_interval(gains), "standard_errors": mean / error if error else None}
+    return {**interval(gains), "standard_errors": mean / error if error else None}
 
 
 def _intervals(trees: Sequence[Any]) -> Any:
@@ -316,10 +316,10 @@ def _intervals(trees: Sequence[Any]) -> Any:
         return {name: _intervals([tree[name] for tree in trees]) for name in names}
     if isinstance(trees[0], list):
         return [round(float(value), 4) for value in np.mean(trees, axis=0)]
-    return _interval(trees)
+    return interval(trees)
 
 
-def _interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float]) -> dict[str, Any]:
     return {**t_interval(values)._asdict(), "values": list(values)}
 
 
@@ -327,23 +327,23 @@ def say(figures: Mapping[str, Any]) -> None:
     """The tables that one looks at first."""
     print(f"\n{'':<26}{'plain > real':>18}{'real > chaotic':>18}")
     for way, of in figures["separation"].items():
-        print(f"{way:<26}{_text(of['plain over real']):>18}{_text(of['real over chaotic']):>18}")
+        print(f"{way:<26}{text(of['plain over real']):>18}{text(of['real over chaotic']):>18}")
     for way, keeps in figures["selections"].items():
         for keep, of in keeps.items():
-            told = "".join(f"   {name} {_text(cell['distance'])}" for name, cell in of.items())
+            told = "".join(f"   {name} {text(cell['distance'])}" for name, cell in of.items())
             print(f"{way}, {keep}:{told}")
     for name in ("whole pool", "oracle"):
         print(name, json.dumps(figures[name], default=str)[:300])
     for keep, gain in figures["rater_minus_held_out_loss"].items():
-        print(f"A-c1, {keep}: rater minus held-out loss {_text(gain)}, {gain['standard_errors']} standard errors")
+        print(f"A-c1, {keep}: rater minus held-out loss {text(gain)}, {gain['standard_errors']} standard errors")
     for name, value in figures["spearman"].items():
-        print(f"Spearman, {name}: {_text(value)}")
+        print(f"Spearman, {name}: {text(value)}")
     for way, steps in figures["collapsed"].items():
         print(f"{way}: collapsed {steps}")
     for way, blocks in figures["blocks"].items():
-        print(f"blocks, {way}: " + "  ".join(f"s{start} {_text(of['distance'])}" for start, of in blocks.items()))
+        print(f"blocks, {way}: " + "  ".join(f"s{start} {text(of['distance'])}" for start, of in blocks.items()))
 
 
-def _text(figure: Mapping[str, Any]) -> str:
+def text(figure: Mapping[str, Any]) -> str:
     half = figure["half_width"]
     return f"{figure['mean']:.4g}" + ("" if half is None else f" ± {half:.2g}")

@@ -16,8 +16,9 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,10 +27,14 @@ from PIL import Image, ImageDraw, ImageFilter
 from curation.models.frozen import load_frozen
 from curation.numerics.picture import edge_density
 from jobs.benchmarks.real_data import RESNET20, real_data
+from jobs.demo_scenes import make_pairs
 
 REAL, PLAIN, CHAOTIC, NEAR = "real", "plain", "chaotic", "near_duplicate"
 KINDS = (REAL, PLAIN, CHAOTIC, NEAR)
 SIDE = 32
+Source = Literal["real", "mixed", "rendered"]
+ALCHEMIST_SCENES = 7
+"""Seed of the rendered scenes: not the demo's own."""
 SMALL_MOBILENET = Path("weights") / "mobilenet_v1_0.25_128_quant.tflite"
 BLUR_RADIUS, NOISE_SIGMA = 5.0, 0.3
 
@@ -68,22 +73,23 @@ class Study(NamedTuple):
     test: Part
 
 
-def study_of(seed: int, folder: Path, *, tiny: bool = False) -> Study:
+def study_of(seed: int, folder: Path, *, tiny: bool = False, source: Source = "real") -> Study:
     """The images of one seed; their features are kept in the folder and not made again."""
     size = TINY if tiny else FULL
     of_each = sum((size.pool[0], size.validation[0], size.real_validation))
-    train = _encoded("train", seed * of_each, of_each)
+    train = _encoded("train", seed * of_each, of_each, source)
     ends = np.cumsum([size.pool[0], size.validation[0], size.real_validation])
     parts = {
         "pool": (train[: ends[0]], size.pool),
         "validation": (train[ends[0] : ends[1]], size.validation),
         "real_validation": (train[ends[1] :], (size.real_validation, 0, 0, 0)),
-        "test": (_encoded("test", 0, size.test), (size.test, 0, 0, 0)),
+        "test": (_encoded("test", 0, size.test, source), (size.test, 0, 0, 0)),
     }
     made = {}
     for place, (name, (encoded, counts)) in enumerate(parts.items()):
         of_seed = "" if name == "test" else f"{seed}-"
-        path = folder / f"{'tiny-' if tiny else ''}{of_seed}{name}.npz"
+        of_source = "" if source == "real" else f"{source}-"
+        path = folder / f"{'tiny-' if tiny else ''}{of_source}{of_seed}{name}.npz"
         rng = np.random.default_rng([seed, place])
         is_seen, is_judged = name == "pool", name in ("pool", "test")
         made[name] = _featured(path, encoded, counts, rng=rng, is_seen=is_seen, is_judged=is_judged)
@@ -94,7 +100,7 @@ def images_of(
     encoded: list[bytes], counts: tuple[int, int, int, int], rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Images (32, 32, 3) uint8: all real ones, then plain, chaotic and near-duplicate ones made of them."""
-    real = np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
+    real = np.stack([np.asarray(_small(Image.open(io.BytesIO(image)).convert("RGB"))) for image in encoded])
     yield from real
     for number in range(counts[1]):
         yield _object_on_ground(rng) if number % 2 else _blurred(real[rng.integers(len(real))])
@@ -104,7 +110,19 @@ def images_of(
         yield _near(real[original], rng)
 
 
-def _encoded(split: str, first: int, count: int) -> list[bytes]:
+def _small(image: Image.Image) -> Image.Image:
+    return image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def _encoded(split: str, first: int, count: int, source: Source) -> list[bytes]:
+    """Images without junk: CIFAR-10's, the demo's rendered scenes, or every second one of each."""
+    if source == "rendered":
+        scenes = make_pairs(first + count, stream="pool" if split == "train" else "held_out", seed=ALCHEMIST_SCENES)
+        return [scene.image for scene in islice(scenes, first, None)]
+    if source == "mixed":
+        photos = _encoded(split, first // 2, count - count // 2, "real")
+        scenes = _encoded(split, first // 2, count // 2, "rendered")
+        return [image for pair in zip_longest(photos, scenes) for image in pair if image is not None]
     table = pq.read_table(real_data() / "cifar" / f"cifar10-{split}-jpeg.parquet", columns=["image"])
     if first + count > len(table):
         raise ValueError(f"{split} has {len(table)} images, {first + count} are wanted: fewer seeds, please")

@@ -1,128 +1,65 @@
-"""`python -m jobs.benchmark chaos --minutes N`: faults at random moments on several raylets on this machine.
+"""`python -m jobs.benchmark chaos --minutes N`: faults at random moments on several Ray nodes on this machine.
 
-Each round curates a pool anew and does it one harm while it runs; then the same command is given until it ends well.
-What it leaves must be, byte for byte, what a run without harm left; what was committed before the harm must not have
-been touched; and the harmed run must have ended or gone on with a message, never in silence.
+Each round curates a pool anew, or trains anew on a curated one, and does it one harm while it runs; then the same
+command is given until it ends well. What it leaves must be what a run without harm left: a curation's files byte for
+byte, a training's curve digit for digit, and each sample used as often. What was committed before the harm must not
+have been touched; and the harmed run must have ended or gone on with a message, never in silence.
 
-The cluster is Ray's own `Cluster`: one GCS, a raylet for each node, on one network. So a cut is a raylet that is
-stopped (SIGSTOP) for longer than a heartbeat, then goes on: its workers are alive meanwhile, as behind a real cut,
-but can reach the store, as they could not always there. A full disk is a small tmpfs, which needs root.
+Nodes are as `nodes.py` makes them: with a network of their own where this machine allows it, so that a cut is a cut. A
+full disk is a small tmpfs, which needs root: without it that fault is left out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray.cluster_utils import Cluster
-
+from jobs.benchmarks.chaos_runs import Case, Kind, Round
+from jobs.benchmarks.nodes import Nodes, commands, is_below, start_nodes
 from jobs.benchmarks.pairs import provenance
 from jobs.demo_pool import make_pool
 
 NODES = 2
 SAMPLES, SAMPLES_PER_SHARD = 1200, 100
-RUN_LIMIT_S = 420
-CUT_S = 12.0
+CUT_S = 15.0
 """Longer than HEARTBEAT lets a node be silent."""
-SMALL_DISK, LARGE_DISK = "160k", "256m"
-HEARTBEAT = {
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "4",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-}
+SMALL_DISK = {"curate": "160k", "train": "100m"}
+"""Room for a few tables; for one checkpoint of the nano model, or two."""
+DISK, LARGE_DISK = "disk", "2g"
 IN_USE, FAILED = 3, 1
-TELLING = ("error", "FAILED", "stopped", "warning", "killed")
-"""What a line of a run begins with that says what is wrong."""
-
-
-@dataclass
-class Round:
-    """A run that is being harmed: its output, the process of its driver, the cluster, and what was noted."""
-
-    output: Path
-    cluster: Cluster
-    pool: str
-    rng: random.Random
-    process: subprocess.Popen[str] = field(init=False)
-    shards: int
-    notes: list[str] = field(default_factory=list)
-    harmed: bool = False
-    """The run was alive when the harm came; some end before."""
-
-    def start(self) -> subprocess.Popen[str]:
-        """Give the command."""
-        command = [
-            sys.executable,
-            "-m",
-            "jobs.curate",
-            "debug",
-            "--pool.shards",
-            self.pool,
-            "--output",
-            str(self.output),
-        ]
-        command += ["--compute.actors", "2", "--compute.decode-threads", "1", "--max-drop-fraction", "1"]
-        environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        return self.process
-
-    def ended(self, process: subprocess.Popen[str] | None = None) -> int:
-        """Wait for a run's end; its exit code, its last words noted. One that does not end is killed, and so failed."""
-        process = process or self.process
-        try:
-            said, _ = process.communicate(timeout=RUN_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said = process.communicate()[0] + f"\nkilled: no end within {RUN_LIMIT_S} s"
-        telling = [
-            line for line in said.splitlines() if line.startswith(("error", "FAILED", "stopped", "warning", "killed"))
-        ]
-        self.notes += [f"exit {process.returncode}", *telling[-3:]]
-        return process.returncode
-
-    def committed(self) -> dict[str, int]:
-        """Committed pieces, and when each was."""
-        folder = self.output / "manifest" / "embed"
-        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} if folder.exists() else {}
-
-    def wait_for_a_moment(self) -> None:
-        """Wait until some pieces are committed and some are not, or the run ended."""
-        count = self.rng.randint(1, max(1, self.shards // 2))
-        while len(self.committed()) < count and self.process.poll() is None:
-            time.sleep(0.02)
-        self.harmed = self.process.poll() is None
+ATTEMPTS = 3
+"""Of the same command after the harm: a node that is being given up can cost one."""
 
 
 def kill_an_actor(run: Round) -> None:
-    """SIGKILL one of the embedding actors."""
+    """SIGKILL one of the run's actors: one that embeds; or that trains, reads ahead, or keeps the ledger."""
+    _signal_one(run, run.case.actors, signal.SIGKILL)
+    run.ended()
+
+
+def stop_an_actor(run: Round) -> None:
+    """SIGSTOP an actor that embeds or a rank that trains, for good: it hangs, and the run must see that itself."""
+    _signal_one(run, run.case.actors[:1], signal.SIGSTOP)
+    run.ended()
+
+
+def _signal_one(run: Round, names: tuple[bytes, ...], what: signal.Signals) -> None:
     run.start()
     run.wait_for_a_moment()
-    actors = [pid for pid, command in _commands() if b"ShardEmbed" in command and _is_below(pid, os.getpid())]
-    run.harmed = run.harmed and bool(actors)
-    if actors:
-        os.kill(run.rng.choice(actors), signal.SIGKILL)
-    run.ended()
+    pids = [pid for pid, said in commands() if any(name in said for name in names) and is_below(pid, os.getpid())]
+    run.harmed = run.harmed and bool(pids)
+    if pids:
+        os.kill(run.rng.choice(pids), what)
 
 
 def kill_the_driver(run: Round) -> None:
@@ -137,47 +74,56 @@ def kill_a_node(run: Round) -> None:
     """SIGKILL a worker node, raylet and all; another joins."""
     run.start()
     run.wait_for_a_moment()
-    node = run.rng.choice(sorted(run.cluster.worker_nodes, key=lambda node: node.unique_id))
-    run.cluster.remove_node(node, allow_graceful=False)
-    add_node(run.cluster)
+    run.nodes.kill_one(run.rng)
     run.ended()
 
 
 def cut_a_node(run: Round) -> None:
-    """Stop a raylet for longer than a heartbeat, then let it go on; Ray ends it then, and another joins."""
+    """Cut a node off for longer than a heartbeat, then heal; Ray ends it then, and another joins."""
     run.start()
     run.wait_for_a_moment()
-    node = run.rng.choice(sorted(run.cluster.worker_nodes, key=lambda node: node.unique_id))
-    raylet = node.all_processes["raylet"][0].process
-    raylet.send_signal(signal.SIGSTOP)
-    time.sleep(CUT_S)
-    raylet.send_signal(signal.SIGCONT)
+    run.nodes.cut_one(run.rng, CUT_S)
     run.ended()
-    run.cluster.remove_node(node, allow_graceful=False)
-    add_node(run.cluster)
+    run.nodes.replace_cut()
 
 
 def kill_the_head(run: Round) -> None:
     """SIGKILL the head with the control store; the job ends, and is given again on a new cluster."""
     run.start()
     run.wait_for_a_moment()
-    assert run.cluster.head_node is not None
-    run.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    run.nodes.kill_head()
     run.ended()
-    with contextlib.suppress(Exception):  # most of it is dead already
-        run.cluster.shutdown()
-    run.cluster = new_cluster()
+    run.nodes.close()
+    run.nodes = start_nodes(NODES)
 
 
 def fill_the_disk(run: Round) -> None:
-    """The output is on a disk that is full after a few shards; then the disk grows."""
-    run.output.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(run.output)], check=True)
+    """The output is on a disk that is full after a few pieces; then the disk grows."""
+    disk = run.output.parent / DISK
+    for old in disk.iterdir():
+        shutil.rmtree(old)
+    run.output = disk / run.output.name
+    _resize(disk, SMALL_DISK[run.case.kind])
     run.start()
     run.harmed = run.ended() == FAILED
     if not run.harmed:
-        run.notes.append("a full disk did not fail the run")
-    subprocess.run(["mount", "-o", f"remount,size={LARGE_DISK}", str(run.output)], check=True)
+        run.wrong.append("a full disk did not fail the run")
+    _resize(disk, LARGE_DISK)
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """A disk of its own at the folder, for as long as the block runs. Mounted later, no node would see it."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE_DISK}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
 def start_twice(run: Round) -> None:
@@ -185,12 +131,13 @@ def start_twice(run: Round) -> None:
     first = run.start()
     run.wait_for_a_moment()
     if run.ended(run.start()) != IN_USE:
-        run.notes.append("the second run was not refused")
+        run.wrong.append("the second run was not refused")
     run.ended(first)
 
 
 FAULTS: dict[str, Callable[[Round], None]] = {
     "kill an actor": kill_an_actor,
+    "stop an actor": stop_an_actor,
     "kill the driver": kill_the_driver,
     "kill a node": kill_a_node,
     "cut a node": cut_a_node,
@@ -201,64 +148,89 @@ FAULTS: dict[str, Callable[[Round], None]] = {
 
 
 def benchmark(*, minutes: float, seed: int, tiny: bool, faults: list[str] | None = None) -> dict[str, Any]:
-    """Rounds until the time is over, each fault in turn in an order of chance; the log of all of them."""
-    os.environ.update(HEARTBEAT)
-    rng, begun, rounds = random.Random(seed), time.monotonic(), []
-    chosen = faults or (["kill the driver"] if tiny else list(FAULTS))
-    with tempfile.TemporaryDirectory(prefix="curation-chaos-") as name, cluster_of_ours() as holder:
-        samples = 300 if tiny else SAMPLES
-        pool = make_pool(Path(name) / "pool", samples=samples, samples_per_shard=SAMPLES_PER_SHARD).shards
-        shards = -(-samples // SAMPLES_PER_SHARD)
-        quiet = Round(Path(name) / "quiet", holder[0], pool, rng, shards)
-        quiet.start()
-        if quiet.ended() != 0:
-            raise RuntimeError(f"the run without harm failed: {quiet.notes}")
-        wanted = results(quiet.output)
-        while not rounds or (not tiny and time.monotonic() - begun < 60 * minutes):
-            for fault in rng.sample(chosen, len(chosen)):
-                if rounds and not tiny and time.monotonic() - begun > 60 * minutes:
-                    break
-                run = Round(Path(name) / f"round-{len(rounds)}", holder[0], pool, rng, shards)
-                rounds.append(_round(fault, run, wanted))
-                holder[0] = run.cluster
-                print(json.dumps(rounds[-1]), flush=True)
-    failed = [told for told in rounds if not told["passed"]]
+    """Rounds until the time is over, each fault on each kind of run in an order of chance; the log of all of them."""
+    possible = [fault for fault in FAULTS if fault != "fill the disk" or os.geteuid() == 0]
+    chosen = faults or (["kill the driver"] if tiny else possible)
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="curation-chaos-"))
+        if "fill the disk" in chosen:
+            stack.enter_context(_disk(Path(name) / DISK))
+        nodes = start_nodes(NODES)
+        chaos = _Chaos(Path(name), nodes, random.Random(seed), tiny=tiny)
+        try:
+            rounds = chaos.rounds(chosen, minutes=minutes)
+        finally:
+            chaos.nodes.close()
     harmed = sum(told["harmed"] for told in rounds)
-    print(
-        f"{len(rounds)} rounds in {(time.monotonic() - begun) / 60:.1f} minutes, {harmed} of them harmed in time, "
-        f"{len(failed)} failed"
-    )
+    failed = [told for told in rounds if not told["passed"]]
+    print(f"{len(rounds)} rounds in {chaos.minutes:.1f} minutes, {harmed} of them harmed in time, {len(failed)} failed")
     return {
         **provenance(),
         "benchmark": "chaos",
+        "nodes": nodes.kind,
         "seed": seed,
-        "minutes": (time.monotonic() - begun) / 60,
+        "minutes": chaos.minutes,
         "load": os.getloadavg(),
         "rounds": rounds,
         "failed": len(failed),
     }
 
 
-def _round(fault: str, run: Round, wanted: dict[str, str]) -> dict[str, Any]:
-    begun = time.monotonic()
-    before: dict[str, int] = {}
-    code = -1
-    try:
-        FAULTS[fault](run)
-        before = run.committed()
-        for _ in range(2):  # a node that is being given up can cost a first attempt
-            run.start()
-            code = run.ended()
-            if code == 0:
-                break
-        there, kept = results(run.output), before.items() <= run.committed().items()
-        summary = json.loads((run.output / "summary.json").read_text()) if code == 0 else {}
-    finally:
-        if fault == "fill the disk":
-            subprocess.run(["umount", str(run.output)], check=False)
-    balanced = bool(summary) and summary["read"] == summary["embedded"] + sum(summary["dropped"].values())
+class _Chaos:
+    """Rounds on a cluster that a round may replace."""
+
+    def __init__(self, folder: Path, nodes: Nodes, rng: random.Random, *, tiny: bool):
+        self._folder, self.nodes, self._rng, self._tiny = folder, nodes, rng, tiny
+        self._begun = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        """Since the cluster was there."""
+        return (time.monotonic() - self._begun) / 60
+
+    def rounds(self, faults: list[str], *, minutes: float) -> list[dict[str, Any]]:
+        """Until so many minutes are over; one round of a curation, if tiny."""
+        samples = 300 if self._tiny else SAMPLES
+        pool = make_pool(self._folder / "pool", samples=samples, samples_per_shard=SAMPLES_PER_SHARD).shards
+        quiet = self._folder / "curate"
+        kinds: tuple[Kind, ...] = ("curate",) if self._tiny else ("curate", "train")
+        cases = [Case(kind, pool, -(-samples // SAMPLES_PER_SHARD), quiet) for kind in kinds]
+        wanted = {case.kind: self._without_harm(case) for case in cases}
+        told: list[dict[str, Any]] = []
+        while True:
+            rounds = [(fault, case) for fault in faults for case in cases]
+            for fault, case in self._rng.sample(rounds, len(rounds)):
+                run = Round(case, self._folder / f"round-{len(told)}", self.nodes, self._rng)
+                told.append(judged(fault, run, wanted[case.kind]))
+                self.nodes = run.nodes
+                print(json.dumps(told[-1]), flush=True)
+                if self._tiny or self.minutes > minutes:
+                    return told
+
+    def _without_harm(self, case: Case) -> dict[str, str]:
+        quiet = Round(case, self._folder / case.kind, self.nodes, self._rng)
+        quiet.start()
+        if quiet.ended() != 0:
+            raise RuntimeError(f"the run without harm failed: {quiet.notes}")
+        return quiet.results()
+
+
+def judged(fault: str, run: Round, wanted: dict[str, str]) -> dict[str, Any]:
+    """Do a run one harm, give its command until it ends well, and compare what it leaves."""
+    begun, code = time.monotonic(), -1
+    FAULTS[fault](run)
+    before = run.committed()
+    for _ in range(ATTEMPTS):
+        run.start()
+        code = run.ended()
+        if code == 0:
+            break
+    there, kept = run.results(), before.items() <= run.committed().items()
+    summary = json.loads(_summary(run).read_text()) if code == 0 else {}
+    balanced = bool(summary) and run.balances(summary)
     return {
         "fault": fault,
+        "run": run.case.kind,
         "seconds": time.monotonic() - begun,
         "committed_before_the_last_run": len(before),
         "harmed": run.harmed,
@@ -266,52 +238,11 @@ def _round(fault: str, run: Round, wanted: dict[str, str]) -> dict[str, Any]:
         "identical": there == wanted,
         "nothing_redone": kept,
         "balanced": balanced,
+        "wrong": run.wrong,
         "notes": run.notes,
-        "passed": code == 0 and there == wanted and kept and balanced and not any("not " in n[:40] for n in run.notes),
+        "passed": code == 0 and there == wanted and kept and balanced and not run.wrong,
     }
 
 
-def results(output: Path) -> dict[str, str]:
-    """sha256 of every table, selection and tar of a run."""
-    files = [p for folder in ("samples", "selection", "shards") for p in (output / folder).rglob("*") if p.is_file()]
-    return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name[0] != "."}
-
-
-@contextlib.contextmanager
-def cluster_of_ours() -> Iterator[list[Cluster]]:
-    """A list of one cluster, which a round may replace."""
-    holder = [new_cluster()]
-    try:
-        yield holder
-    finally:
-        holder[0].shutdown()
-
-
-def new_cluster() -> Cluster:
-    """A head without CPUs, and NODES nodes with two each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(NODES):
-        add_node(made)
-    made.wait_for_nodes()
-    return made
-
-
-def add_node(cluster: Cluster) -> None:
-    """One more node."""
-    cluster.add_node(num_cpus=2, object_store_memory=200 << 20)
-
-
-def _commands() -> Iterator[tuple[int, bytes]]:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            yield int(path.parent.name), path.read_bytes()
-
-
-def _is_below(pid: int, ancestor: int) -> bool:
-    """True if a process was started, at any remove, by another: only our own are ever killed."""
-    while pid > 1 and pid != ancestor:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return pid == ancestor
+def _summary(run: Round) -> Path:
+    return run.output / "summary.json" if run.case.kind == "curate" else run.output / "train" / "summary.json"

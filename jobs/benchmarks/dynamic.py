@@ -1,44 +1,48 @@
 """`python -m jobs.benchmark dynamic`: dynamic selection by representativeness and rarity, against its rivals.
 
-Claims D-1 to D-7, D-9 and D-c of its specification, on small networks over frozen features. The paper
-(arXiv:2603.04981) is only partly public: every figure of the method is of our completion of it. All arms of one keep
-fraction take equally many sample-gradients; `full, fewer steps` (D-c) spends them on the whole pool, `rs2` on fresh
-random rows. InfoBatch
-decides itself how many rows a round has, so at equal sample-gradients it has fewer rounds; `infobatch, capped` is made
-to keep as many as the others. No arm has a tail of full rounds. The penalty is such that usage differs by less than its
-mean. Accuracies are of clean test labels, after the last step.
+Claims D-1 to D-9 and D-c of its specification (D-8 in its analogue for CPUs), on small networks over frozen features.
+The paper (arXiv:2603.04981) is only partly public: every figure of the method is of our completion of it. All arms of
+one keep fraction take equally many sample-gradients; `full, fewer steps` (D-c) spends them on the whole pool, `rs2` on
+fresh random rows. InfoBatch decides itself how many rows a round has, so at equal sample-gradients it has fewer rounds;
+`infobatch, capped` is made to keep as many as the others. InfoBatch as published ends on full rounds, no other arm
+does. The penalty is such that usage differs by less than its mean. Accuracies are of clean test labels, after the last
+step. All parts of the study run side by side; what an arm costs by the clock is measured afterwards, one at a time.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
-import math
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from curation.evaluation.correlation import spearman
 from curation.methods import load_selector
 from curation.methods.dynamic import usage_gap
 from curation.numerics.quantiles import gini
+from curation.training.schedules import RateSchedule
+from jobs.benchmarks.dynamic_claims import claims
+from jobs.benchmarks.dynamic_clock import clock, feature_seconds, speeds
 from jobs.benchmarks.dynamic_plot import draw_usage
 from jobs.benchmarks.dynamic_runs import BATCH, Arm, Outcome, Pool, Stack, train_stack
-from jobs.benchmarks.dynamic_sets import Found, Rows, factors_of, pool_of, rows_of
+from jobs.benchmarks.dynamic_sets import Found, Rows, factor_seconds, factors_of, pool_of, rows_of
+from jobs.benchmarks.dynamic_tables import BIAS_PENALTIES, LABEL, OURS, show_all, summary
 from jobs.benchmarks.pairs import provenance
-from jobs.benchmarks.race import interval, show
 
-LABEL = "our completion of 2603.04981"
 ROUNDS = 40
 KEEPS = (0.7, 0.5, 0.3, 0.2)
 FEW_KEEPS = (0.7, 0.2)
 TINY_KEEPS = (1.0, 0.2)
-OURS = "dynamic"
+CLOCKED_KEEPS = (0.7, 0.2)
 RIVALS = (
     Arm("full, fewer steps"),
     Arm("rs2", "rs2"),
@@ -62,7 +66,7 @@ MORE = (
     Arm("dynamic, frequency form", "dynamic", {"usage": "frequency", "penalty": 1.0}),
     Arm("dynamic, Gumbel", "dynamic", {"temperature": 0.05}),
 )
-PARTS: tuple[tuple[str, str, tuple[float, ...], bool, tuple[str, ...]], ...] = (
+PARTS: tuple[tuple[str, str, tuple[float, ...], bool, tuple[RateSchedule, ...]], ...] = (
     ("mobilenet", "symmetric", KEEPS, True, ("cosine",)),
     ("mobilenet", "clean", KEEPS, True, ("cosine", "step", "one-cycle")),
     ("mobilenet", "human", KEEPS, True, ("cosine",)),
@@ -72,29 +76,75 @@ PARTS: tuple[tuple[str, str, tuple[float, ...], bool, tuple[str, ...]], ...] = (
     ("resnet20", "symmetric", FEW_KEEPS, False, ("cosine",)),
 )
 """Set, noise, keep fractions, whether all arms are run, learning-rate schedules (but cosine at keep 0.7 alone)."""
-BIAS_PENALTIES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 BIAS_KEEP = 0.3
 
 
-def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> dict[str, Any]:
+def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0, processes: int = 0) -> dict[str, Any]:
     """All figures; what is in `folder` already is not done again. After `hours` nothing more is begun, and the figures
-    are of what there is: each says of how many seeds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small are slower on two
-    folder, until = folder / "dynamic", time.monotonic() + 3600 * hours
-    try:
-        chosen = [task for task in tasks(seeds) if not tiny or task.keep in TINY_KEEPS]
-        parts = [part for task in chosen if (part := _part(task, tiny=tiny, folder=folder, until=until))]
-    finally:
-        torch.set_num_threads(threads)
+    are of what there is: each says of how many seeds. `processes` 0: as many as there are CPUs."""
+    folder, until = folder / "dynamic", time.time() + 3600 * hours
+    begun, done_before = time.monotonic(), len(list(folder.glob("*.json")))
+    chosen = [task for task in tasks(seeds) if not tiny or task.keep in TINY_KEEPS]
+    size = Size(folder, tiny, until)
+    sets = dict.fromkeys(task.set for task in chosen)
+    seeds_of_sets = dict.fromkeys((task.set, task.seed) for task in chosen)
+    with _mapping(1 if tiny else processes or len(os.sched_getaffinity(0))) as over:
+        # What several parts read is made before them, each thing once.
+        list(over(partial(_make_rows, size=size), sets))
+        list(over(partial(_make_factors, size=size), seeds_of_sets))
+        parts = [part for part in over(partial(_part, size=size), chosen) if part]
+    with _mapping(1) as over:
+        clocks = [told for told in over(partial(_clock, size=size), range(seeds)) if told]
     figures = summary(parts)
+    if clocks:
+        figures["speed"] = speeds(clocks, num_rows=clocks[0]["num_rows"])
+    figures["claims"] = claims(figures)
     if drawn := [part for part in parts if _is_drawn(part)]:
         with open(folder / "usage.png", "wb") as file:
             draw_usage(drawn, file=file)
-    _print(figures)
-    told = {"parts": len(parts), "of_parts": len(chosen)}
+    show_all(figures)
+    told = {
+        "parts": len(parts),
+        "of_parts": len(chosen),
+        "parts_made_now": len(list(folder.glob("*.json"))) - done_before,
+    }
+    told |= {"seconds_of_this_call": time.monotonic() - begun}
     settings = {"rounds": ROUNDS, "batch": BATCH, "seeds": seeds, "keeps": KEEPS, "network": "64-128-C", **told}
     return {**provenance(), "benchmark": "dynamic", "tiny": tiny, "label": LABEL, "settings": settings, **figures}
+
+
+class Size(NamedTuple):
+    """How large the study is, where its files are, and when (time.time) nothing more is begun."""
+
+    folder: Path
+    tiny: bool
+    until: float
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of an arm that keeps its fraction in each."""
+        return 4 if self.tiny else ROUNDS
+
+    @property
+    def suffix(self) -> str:
+        """Of a file's name."""
+        return "-tiny" if self.tiny else ""
+
+
+@contextlib.contextmanager
+def _mapping(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
+    """A map over `processes` processes of one thread each: matrices this small are slower on two."""
+    if processes == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield map
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        yield executor.map
 
 
 class Task(NamedTuple):
@@ -102,7 +152,7 @@ class Task(NamedTuple):
 
     set: str
     noise: str
-    schedule: str
+    schedule: RateSchedule
     keep: float
     seed: int
     all_arms: bool
@@ -129,24 +179,63 @@ def _is_drawn(part: dict[str, Any]) -> bool:
     return (part["set"], part["noise"], part["keep"]) == ("mobilenet", "symmetric", 0.2)
 
 
-def _part(task: Task, *, tiny: bool, folder: Path, until: float) -> dict[str, Any] | None:
+def _make_rows(name: str, size: Size) -> None:
+    rows_of(name, size.folder, tiny=size.tiny)
+
+
+def _make_factors(of: tuple[str, int], size: Size) -> None:
+    name, seed = of
+    if time.time() < size.until:
+        _found(name, seed, rows_of(name, size.folder, tiny=size.tiny), size)
+
+
+def _found(name: str, seed: int, rows: Rows, size: Size) -> Found:
+    file = size.folder / f"{name}-factors-{seed}{size.suffix}.npz"
+    return factors_of(rows, file, seed=seed, tiny=size.tiny)
+
+
+def _part(task: Task, size: Size) -> dict[str, Any] | None:
     """A part, made or read; None if it is not there and there is no time left to make it."""
-    suffix = f"{task.seed}{'-tiny' if tiny else ''}"
-    file = folder / f"{task.set}-{task.noise}-{task.schedule}-{task.keep}-{suffix}.json"
+    name = f"{task.set}-{task.noise}-{task.schedule}-{task.keep}-{task.seed}{size.suffix}"
+    return _kept(size, name, lambda: _measure(task, size))
+
+
+def _clock(seed: int, size: Size) -> dict[str, Any] | None:
+    """What the arms of the widest comparison cost, each by itself."""
+
+    def made() -> dict[str, Any]:
+        rows = rows_of("mobilenet", size.folder, tiny=size.tiny)
+        found = _found("mobilenet", seed, rows, size)
+        pool = pool_of(rows, "clean", found, seed=seed)
+        return {
+            "seed": seed,
+            "num_rows": len(pool.labels_N),
+            "feature_seconds": feature_seconds(images=8 if size.tiny else 200),
+            "factor_seconds": factor_seconds(rows, seed=seed, tiny=size.tiny),
+            "by_keep": {
+                str(keep): clock(pool, _arms(keep, all_arms=False), keep=keep, rounds=size.rounds, seed=seed)
+                for keep in CLOCKED_KEEPS
+            },
+        }
+
+    return _kept(size, f"clock-{seed}{size.suffix}", made)
+
+
+def _kept(size: Size, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    file = size.folder / f"{name}.json"
     if not file.exists():
-        if time.monotonic() > until:
+        if time.time() > size.until:
             return None
-        print(file.stem, flush=True)
-        rows = rows_of(task.set, folder, tiny=tiny)
-        found = factors_of(rows, folder / f"{task.set}-factors-{suffix}.npz", seed=task.seed, tiny=tiny)
-        part = _measure(task, rows, found, rounds=4 if tiny else ROUNDS)
-        file.with_suffix(".part").write_text(json.dumps(part))
+        print(name, flush=True)
+        file.with_suffix(".part").write_text(json.dumps(make()))
         file.with_suffix(".part").rename(file)
     return json.loads(file.read_text())
 
 
-def _measure(task: Task, rows: Rows, found: Found, *, rounds: int) -> dict[str, Any]:
-    begun, seed, keep = time.perf_counter(), task.seed, task.keep
+def _measure(task: Task, size: Size) -> dict[str, Any]:
+    begun, seed, keep, rounds = time.perf_counter(), task.seed, task.keep, size.rounds
+    rows = rows_of(task.set, size.folder, tiny=size.tiny)
+    found = _found(task.set, seed, rows, size)
     pool = pool_of(rows, task.noise, found, seed=seed)
     steps = max(1, min(round(keep * len(pool.labels_N) / BATCH), len(pool.labels_N) // BATCH))
     arms = [Arm("full")] if keep == 1 else _arms(keep, task.all_arms)
@@ -154,6 +243,7 @@ def _measure(task: Task, rows: Rows, found: Found, *, rounds: int) -> dict[str, 
     told = {
         **task._asdict(),
         "sample_gradients": rounds * steps * BATCH,
+        "mean_usage": rounds * steps * BATCH / len(pool.labels_N),
         "seconds": time.perf_counter() - begun,
         "noise_share": float(pool.is_wrong_N.mean()),
         "arms": {arm.name: _told(outcome) for arm, outcome in zip(arms, outcomes, strict=True)},
@@ -180,6 +270,7 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     return {
         "accuracy": outcome.accuracy,
         "rounds": len(log),
+        "choose_seconds": outcome.choose_seconds,
         "rows": statistics.fmean(entry.rows for entry in log),
         "wrong_share": statistics.fmean(entry.wrong_share for entry in log),
         "wrong_share_late": statistics.fmean(late),
@@ -229,153 +320,3 @@ def _usage_share(pool: Pool, penalty: float, *, rounds: int, seed: int) -> torch
     if penalty:
         assert usage.max() - usage.min() <= usage_gap(penalty)
     return usage / usage.sum()
-
-
-def summary(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means with intervals over seeds, paired differences, and what each claim comes to."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for part in parts:
-        groups.setdefault((part["set"], part["noise"], part["schedule"], part["keep"]), []).append(part)
-    full = {
-        key[:3]: {part["seed"]: part["arms"]["full"]["accuracy"] for part in of}
-        for key, of in groups.items()
-        if key[3] == 1
-    }
-    tables = {"/".join(map(str, key)): _table(of, full[key[:3]]) for key, of in groups.items() if key[3] != 1}
-    firsts = [part for part in parts if "factors" in part]
-    return {
-        "full": {"/".join(key): interval(list(values.values())) for key, values in full.items()},
-        "tables": tables,
-        "noise_robustness": _robustness(groups, full),
-        "gradient_bias": _bias(firsts),
-        "factors": _factors(firsts),
-        "seconds": sum(part["seconds"] for part in parts),
-    }
-
-
-def _table(of: list[dict[str, Any]], full: dict[int, float]) -> dict[str, Any]:
-    """A set, noise, schedule and keep fraction: every arm's figures, and differences paired by seed."""
-    arms = list(of[0]["arms"])
-    accuracy = {arm: [part["arms"][arm]["accuracy"] for part in of] for arm in arms}
-    fields = (
-        "rounds",
-        "rows",
-        "wrong_share",
-        "wrong_share_late",
-        "smallest_class",
-        "gini",
-        "never_used",
-        "largest_gap",
-    )
-    return {
-        "sample_gradients": of[0]["sample_gradients"],
-        "noise_share": statistics.fmean(part["noise_share"] for part in of),
-        "arms": {
-            arm: {
-                "accuracy": interval(accuracy[arm]),
-                "minus_full": interval(_minus(accuracy[arm], [full[part["seed"]] for part in of])),
-                "dynamic_minus_this": None if arm == OURS else paired(accuracy[OURS], accuracy[arm]),
-                **{name: statistics.fmean(part["arms"][arm][name] for part in of) for name in fields},
-                "gap_bound": of[0]["arms"][arm]["gap_bound"],
-                "bound_holds": all(part["arms"][arm]["bound_holds"] for part in of),
-            }
-            for arm in arms
-        },
-    }
-
-
-def paired(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """The interval of paired differences, and how many standard errors their mean is from 0; None where unknown."""
-    gains = _minus(mine, theirs)
-    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-    errors = statistics.fmean(gains) / (spread / math.sqrt(len(gains))) if spread else None
-    return {**interval(gains), "standard_errors": errors}
-
-
-def _minus(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(mine, theirs, strict=True)]
-
-
-def _robustness(
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]], full: dict[tuple[Any, ...], dict[int, float]]
-) -> dict[str, Any]:
-    """Accuracy lost at keep 20% under noise: against full data under the same noise, and against no noise (D-3)."""
-    found = {}
-    for name, noise in dict.fromkeys((key[0], key[1]) for key in groups if key[1] != "clean"):
-        noisy, clean = (
-            {part["seed"]: part["arms"] for part in groups.get((name, kind, "cosine", 0.2), [])}
-            for kind in (noise, "clean")
-        )
-        seeds = sorted(noisy.keys() & clean.keys())
-        if not seeds:
-            continue
-        arms = [arm for arm in noisy[seeds[0]] if arm in clean[seeds[0]]]
-        told = {}
-        for arm in arms:
-            ends = [noisy[seed][arm]["accuracy"] for seed in seeds]
-            rivals = {
-                "drop_from_full_with_noise": [full[name, noise, "cosine"][seed] for seed in seeds],
-                "drop_from_full_without_noise": [full[name, "clean", "cosine"][seed] for seed in seeds],
-                "drop_from_itself_without_noise": [clean[seed][arm]["accuracy"] for seed in seeds],
-            }
-            told[arm] = {kind: interval(_minus(values, ends)) for kind, values in rivals.items()}
-        found[f"{name}/{noise}"] = told
-    return found
-
-
-def _bias(firsts: list[dict[str, Any]]) -> dict[str, Any]:
-    """D-7 over all sets and noises of each seed."""
-    told: dict[str, Any] = {}
-    for part in firsts:
-        told.setdefault(f"{part['set']}/{part['noise']}", []).append(part["bias"])
-    return {
-        name: {
-            **{penalty: interval([bias[penalty] for bias in of]) for penalty in of[0]},
-            "falls_with_the_penalty": [_falls(list(bias.values())) for bias in of],
-        }
-        for name, of in told.items()
-    }
-
-
-def _falls(values: list[float]) -> bool:
-    return all(later < earlier for earlier, later in itertools.pairwise(values))
-
-
-def _factors(firsts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What each encoder found, and how far seeds agree on the ranks."""
-    found: dict[str, Any] = {}
-    for part in firsts:
-        if part["ranks"] is not None or part["noise"] == "clean":
-            found.setdefault(part["set"], []).append(part)
-    told = {}
-    for name, of in found.items():
-        of_noise = [part for part in of if part["ranks"] is not None]
-        ranks = [np.array(part["ranks"]) for part in of_noise]
-        pairs = [spearman(a, b) for at, a in enumerate(ranks) for b in ranks[at + 1 :]]
-        told[name] = {
-            "of_seed_0": of[0]["factors"],
-            "agreement_of_seeds": statistics.fmean(pairs) if pairs else None,
-        }
-    return told
-
-
-def _print(figures: dict[str, Any]) -> None:
-    print(f"\n`dynamic` is {LABEL}.")
-    for name, accuracy in figures["full"].items():
-        print(f"full data, {name}: {show(accuracy)}")
-    for name, table in figures["tables"].items():
-        print(f"\n{name}: {table['sample_gradients']:,} sample-gradients")
-        for arm, found in table["arms"].items():
-            minus = found["dynamic_minus_this"]
-            told = "" if minus is None else f"   dynamic minus this {show(minus)}"
-            usage = f"gini {found['gini']:.2f}   wrong late {found['wrong_share_late']:.3f}"
-            print(f"  {arm:<26}{show(found['accuracy'])}   {usage}{told}")
-    for name, arms in figures["noise_robustness"].items():
-        print(f"\naccuracy lost at keep 20%, {name} (from full data with the noise; without; from itself without):")
-        for arm, drops in arms.items():
-            print(f"  {arm:<26}" + "   ".join(show(drop) for drop in drops.values()))
-    for name, bias in figures["gradient_bias"].items():
-        told = ", ".join(f"{penalty}: {show(bias[penalty])}" for penalty in map(str, BIAS_PENALTIES))
-        print(f"gradient bias by penalty, {name}: {told}")
-    for name, found in figures["factors"].items():
-        print(f"factors of {name}: {found}")

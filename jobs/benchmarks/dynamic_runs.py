@@ -9,7 +9,8 @@ A networks of the stack, n rows of a batch, N rows of the pool, F features, H hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,10 +23,9 @@ from curation.addresses import pack
 from curation.ledger import Ledger, LedgerSpec, gini
 from curation.methods import load_selector
 from curation.selector import EvenSelector, Rows
-from curation.training.schedules import one_cycle, step_decay, warmup_cosine
+from curation.training.schedules import RateSchedule, rate_factor
 
 BATCH, HIDDEN, LEARNING_RATE, WEIGHT_DECAY = 128, 128, 2e-3, 1e-4
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": warmup_cosine, "step": step_decay, "one-cycle": one_cycle}
 LEDGER = "loss"
 
 
@@ -84,12 +84,16 @@ class ArmRun:
         self._losses: list[Tensor] = []
         self._round, self._at, self._first_step = 0, 0, 0
         self.log: list[RoundLog] = []
+        self.choose_seconds = 0.0
+        """Spent on the ledger and on choosing."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The rows (n,) of a step and their weights."""
         if self._at + BATCH > len(self._order):
+            begun = time.perf_counter()
             self._remember()
             self._choose(step)
+            self.choose_seconds += time.perf_counter() - begun
         here = slice(self._at, self._at + BATCH)
         self._at += BATCH
         return self._order[here], self._weights[here]
@@ -169,10 +173,11 @@ class Outcome(NamedTuple):
     accuracy: float
     log: list[RoundLog]
     usage_N: np.ndarray
+    choose_seconds: float
 
 
 def train_stack(
-    pool: Pool, arms: Sequence[Arm], *, num_steps: int, seed: int, schedule: str = "cosine"
+    pool: Pool, arms: Sequence[Arm], *, num_steps: int, seed: int, schedule: RateSchedule = "cosine"
 ) -> list[Outcome]:
     """Train one network for each arm, all from the same beginning, for `num_steps` steps."""
     runs = [ArmRun(arm, pool, num_steps=num_steps, seed=seed) for arm in arms]
@@ -181,7 +186,7 @@ def train_stack(
         batches = [run.batch(step) for run in runs]
         rows_An = torch.stack([rows for rows, _ in batches])
         weights_An = torch.stack([weights for _, weights in batches])
-        rate = LEARNING_RATE * SCHEDULES[schedule]((step + 0.5) / num_steps)
+        rate = LEARNING_RATE * rate_factor(schedule, (step + 0.5) / num_steps)
         losses_An = stack.step(pool.features_NF[rows_An], pool.labels_N[rows_An], weights_An, rate=rate)
         for run, losses_n in zip(runs, losses_An, strict=True):
             run.take_losses(losses_n)
@@ -189,7 +194,10 @@ def train_stack(
         run.close()
     right = stack.logits(pool.test_features.expand(len(arms), -1, -1)).argmax(dim=2) == pool.test_labels
     accuracies = right.double().mean(dim=1).tolist()
-    return [Outcome(accuracy, run.log, run.usage_N) for accuracy, run in zip(accuracies, runs, strict=True)]
+    return [
+        Outcome(accuracy, run.log, run.usage_N, run.choose_seconds)
+        for accuracy, run in zip(accuracies, runs, strict=True)
+    ]
 
 
 class Stack:

@@ -41,7 +41,7 @@ class Run:
 def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
     """All figures of this benchmark; `shards` defaults to a demo pool made for it."""
     with tempfile.TemporaryDirectory(prefix="curation-bench-") as folder:
-        pattern = shards or _demo_pool(Path(folder) / "pool", samples=400 if tiny else 20_000)
+        pattern = shards or demo_pool(Path(folder) / "pool", samples=400 if tiny else 20_000)
         figures = race(pattern, Path(folder), pairs=pairs)
         memory = memory_growth(Path(folder), samples=200 if tiny else 4_000)
     return {**provenance(), "benchmark": "embed", "pool": shards or "demo pool", **figures, **memory}
@@ -53,11 +53,11 @@ def race(pattern: str, folder: Path, *, pairs: int) -> dict[str, Any]:
     rivals: list[Run] = []
 
     def run_ours() -> float:
-        ours.append(_run("ours", pattern, str(folder / f"out-{len(ours)}")))
+        ours.append(run("ours", pattern, str(folder / f"out-{len(ours)}")))
         return ours[-1].steady
 
     def run_rival() -> float:
-        rivals.append(_run("rival", pattern, ""))
+        rivals.append(run("rival", pattern, ""))
         return rivals[-1].steady
 
     ratio = paired_ratio(interleaved(run_ours, run_rival, pairs=pairs))
@@ -79,7 +79,7 @@ def memory_growth(folder: Path, *, samples: int) -> dict[str, Any]:
     """Peak memory of our process tree for a pool, and for one POOL_GROWTH times as large."""
     sizes = {"pool": samples, f"pool_x{POOL_GROWTH}": POOL_GROWTH * samples}
     mib = {
-        name: _peak_mib(_demo_pool(folder / f"pool-of-{size}", samples=size), str(folder / f"out-of-{size}"))
+        name: _peak_mib(demo_pool(folder / f"pool-of-{size}", samples=size), str(folder / f"out-of-{size}"))
         for name, size in sizes.items()
     }
     one, grown = mib.values()
@@ -87,13 +87,13 @@ def memory_growth(folder: Path, *, samples: int) -> dict[str, Any]:
     return {"peak_memory_mib": {**mib, "ratio": grown / one, "target": TARGET_MEMORY}}
 
 
-def _demo_pool(folder: Path, *, samples: int) -> str:
+def demo_pool(folder: Path, *, samples: int) -> str:
     """A demo pool in shards of 1,000, a tenth of what img2dataset writes: the harder case for us."""
     return make_pool(folder, samples=samples, samples_per_shard=min(1_000, samples // 4)).shards
 
 
-def _run(side: str, pattern: str, output: str) -> Run:
-    """One side in a process of its own."""
+def run(side: str, pattern: str, output: str) -> Run:
+    """One side, "ours" or "rival", in a process of its own, on the cores that this process may use."""
     begun = time.time()
     with _started(side, pattern, output) as process:
         ends = _answer(process)

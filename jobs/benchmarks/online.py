@@ -100,10 +100,10 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = 
     num_steps = 12 if tiny else NUM_STEPS
     with cluster(num_cpus=2):
         on = demo_track(folder / "demo", tiny=tiny)
-        ends = {
-            name: [_end(on, folder, name, tiny=tiny, num_steps=num_steps, seed=seed) for seed in range(seeds)]
-            for name in names
-        }
+        ends: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for seed in range(seeds):  # one after the other, so that a study that is cut short has all arms
+            for name in names:
+                ends[name].append(_end(on, folder, name, tiny=tiny, num_steps=num_steps, seed=seed))
     with cluster(num_cpus=max(ACTORS)):
         served = throughput((1, 2) if tiny else ACTORS, steps=6 if tiny else SERVED_STEPS)
     figures = _figures(ends)

@@ -1,4 +1,4 @@
-"""An embedding actor that sleeps in place of the model. It does not import torch: 64 of them fit on a small machine."""
+"""Actors that sleep in place of the work. An embedding one does not import torch: 64 of them fit on a small machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from curation.data import manifest
 from curation.distributed.roster import bench
@@ -44,3 +45,26 @@ class Sleeper:
             with attempt.write():
                 manifest.commit(spec.output, STAGE, number, record, made_by={})
         return {"record": [json.dumps(record)]}
+
+
+@dataclass(frozen=True)
+class ReadSpec:
+    """What a sleeping reader is told: seconds a share, and the side of its blank images."""
+
+    read_s: float
+    side: int
+
+
+class SleepingReader:
+    """Answers a planned share as ReadShare does, with blank images after a sleep."""
+
+    def __init__(self, spec: ReadSpec):
+        self._spec = spec
+
+    def __call__(self, planned: pa.Table) -> dict[str, np.ndarray]:
+        """One planned row in, the rows of the share out."""
+        time.sleep(self._spec.read_s)
+        [row] = planned.to_pylist()
+        count = sum(map(len, row["rows"]))
+        pixels = np.zeros((count, self._spec.side, self._spec.side, 3), np.uint8)
+        return {"step": np.full(count, row["step"]), "pixels": pixels}

@@ -8,6 +8,7 @@ pool, on features that the rules did not see. Claims of the specification, each 
     T-4  the same at outlier shares of 0, 1, 3 and 10%
     T-6  the same at budgets of 1 to 50% of the pool, at 3% outliers
 
+Straw men, one number alone, stand beside the rules where there are images (`straw_men`).
 Every cell (track, pool, outlier share, budget) is written when it is done and not done again. The rules' settings are
 those of the specification; nothing is fitted to these pools.
 """
@@ -36,6 +37,7 @@ from jobs.benchmarks.subset_pools import (
     StudyPool,
     image_parts,
     image_pool,
+    matched,
     point_pool,
 )
 
@@ -106,6 +108,10 @@ def judge(pool: StudyPool, *, keep: int, seed: int) -> dict[str, dict[str, float
         arm: load_selector(**method).select(rows, keep, 0.0, torch.Generator().manual_seed(seed)).indices.numpy()
         for arm, method in ARMS.items()
     }
+    # One number alone: its highest, equal ones parted by the seed's shuffle.
+    shuffled = np.random.default_rng(seed).permutation(len(pool.kind))
+    for name, score in pool.straw.items():
+        chosen[name] = shuffled[np.argsort(-score[shuffled], kind="stable")[:keep]]
     arms = {arm: metric[indices] for arm, indices in chosen.items()}
     compared = Reference(metric).compare(arms, seed=seed)
     to_clean = Reference(metric[torch.from_numpy(pool.kind == CLEAN)])
@@ -143,8 +149,10 @@ def _cell(track: str, number: int, *, share: float, budget: float, folder: Path,
         if track == "planted":
             pool = point_pool(number)
         else:
-            parts = image_parts(track, number, folder / ("tiny" if tiny else "pools"), tiny=tiny)
-            pool = image_pool(parts, outlier_share=share, seed=number)
+            pairs = folder / ("tiny" if tiny else "pairs")
+            others = [other for other in range(2 if tiny else NUM_POOLS) if other != number]
+            pool = image_pool(image_parts(track, number, pairs, tiny=tiny), outlier_share=share, seed=number)
+            pool = matched(pool, [image_parts(track, other, pairs, tiny=tiny)[CLEAN] for other in others])
         told = judge(pool, keep=round(budget * len(pool.kind)), seed=number)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".partial").write_text(json.dumps(told))

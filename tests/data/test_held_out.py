@@ -47,6 +47,7 @@ def test_pairs_come_in_order_and_broken_ones_are_counted(tmp_path: Path) -> None
     assert held_out.images.shape == (3, 48, 48, 3) and held_out.images.dtype == np.uint8
     assert held_out.images[1, 0, 0].tolist() == [80, 0, 0]
     assert len(set(held_out.uids)) == 3 and held_out.labels == [None] * 3
+    assert held_out.sha256s[0] == held_out.sha256s[2] != held_out.sha256s[1]  # the first images of both are one
 
 
 def test_the_first_so_many_are_taken_and_labels_are_text(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, writ
 
 write_tar = partial(writers.write_tar, rules=ReadRules())
 
+RULES = ReadRules()
 RAW = {"jpg": b"\xff\xd8 raw \x00", "json": b'{\n    "uid": "x",  "license": "CC0"}', "txt": "Bild – ü".encode()}
 UIDS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 2**63, 2**64 - 1])), max_size=20)
 
@@ -29,7 +30,7 @@ def folder(request, tmp_path):
     return str(tmp_path / "out") if request.param == "local" else f"memory:///{uuid.uuid4().hex}"
 
 
-def write_pool(url, samples, *, format=tarfile.GNU_FORMAT):
+def write_pool(url, samples, *, format=tarfile.GNU_FORMAT, rules=RULES):
     """A shard of (key, {extension: bytes}) samples, and the rows that keep all of it."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=format) as tar:
@@ -39,12 +40,12 @@ def write_pool(url, samples, *, format=tarfile.GNU_FORMAT):
                 header.size, header.mtime, header.mode = len(data), 1_700_000_000, 0o777
                 tar.addfile(header, io.BytesIO(data))
     storage.write_bytes(url, sink.getvalue())
-    return rows_of(url)
+    return rows_of(url, rules=rules)
 
 
-def rows_of(url, *, copies=1):
+def rows_of(url, *, copies=1, rules=RULES):
     with storage.open_read(url) as raw:
-        samples = list(ShardReader(raw, url=url, rules=ReadRules()))
+        samples = list(ShardReader(raw, url=url, rules=rules))
     assert all(sample.reason is None for sample in samples)
     return kept(
         {
@@ -124,6 +125,17 @@ class TestTar:
         rows = write_pool(storage.join(folder, "pool.tar"), self.SAMPLES)
         assert write_tar(folder, 0, rows) == 3
         assert members_of(storage.join(folder, "00000.tar")) == members_of(storage.join(folder, "pool.tar"))
+
+    def test_where_captions_are_chosen_the_txt_is_the_chosen_one_in_its_place_or_at_the_end(self, folder):
+        rules = ReadRules(best_caption_of=("json.captions",))
+        offered = {"jpg": RAW["jpg"], "txt": b"t", "json": b'{"captions": ["c"]}'}
+        samples = [("a", offered), ("b", {name: offered[name] for name in ("jpg", "json")})]
+        rows = write_pool(storage.join(folder, "pool.tar"), samples, rules=rules)
+        writers.write_tar(folder, 0, changed(rows, caption="the best"), rules=rules)
+        found = members_of(storage.join(folder, "00000.tar"))
+        assert [name for name, _ in found] == ["a.jpg", "a.txt", "a.json", "b.jpg", "b.json", "b.txt"]
+        assert [data for name, data in found if name.endswith("txt")] == [b"the best"] * 2
+        assert [data for name, data in found if name.endswith("json")] == [offered["json"]] * 2
 
     def test_equal_rows_give_equal_bytes_whatever_the_pools_times_and_owners(self, folder):
         rows = write_pool(storage.join(folder, "pool.tar"), self.SAMPLES)

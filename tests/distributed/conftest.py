@@ -16,8 +16,9 @@ import ray
 from PIL import Image
 
 from curation.data.shards import ReadRules
+from curation.distributed.account import Summary
 from curation.distributed.embed import EmbedSpec
-from curation.distributed.pipeline import Summary, curate
+from curation.distributed.pipeline import curate
 from curation.distributed.resources import cluster
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
 
@@ -48,15 +49,23 @@ def jpeg(seed: int, *, size: tuple[int, int] = (24, 20)) -> bytes:
 
 @pytest.fixture(scope="session")
 def write_shard() -> WriteShard:
-    """write_shard(path, count=..., seed=..., broken=rows whose image is no image, fields=per-row json fields)."""
+    """write_shard(path, count=..., seed=..., broken=rows whose image is no image, large=rows of 40 x 40 pixels,
+    fields=per-row json fields)."""
 
     def write(
-        path: Path, *, count: int, seed: int = 0, broken: Sequence[int] = (), fields: Callable[[int], Any] | None = None
+        path: Path,
+        *,
+        count: int,
+        seed: int = 0,
+        broken: Sequence[int] = (),
+        large: Sequence[int] = (),
+        fields: Callable[[int], Any] | None = None,
     ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as tar:
             for row in range(count):
-                image = b"no image at all" if row in broken else jpeg(1000 * seed + row)
+                size = (40, 40) if row in large else (24, 20)
+                image = b"no image at all" if row in broken else jpeg(1000 * seed + row, size=size)
                 extra = fields(row) if fields else {}
                 members = {"jpg": image, "json": json.dumps(extra).encode(), "txt": f"picture {seed} {row}".encode()}
                 for extension, data in members.items():

@@ -171,6 +171,13 @@ def test_what_is_decided_is_not_decided_again_and_what_is_not_goes_on(make_pool,
         if path.name != "00000000.npy":
             path.unlink()
     assert run(pool, steps)[1].equals(kept)
+    # The same, and code that makes runs of other buckets: what is there is not taken for all of them.
+    (folder / "begins.npy").unlink()
+    for path in (folder / "kept").iterdir():
+        if not path.name.startswith("00000000."):
+            path.unlink()
+    monkeypatch.setattr(bucket_select, "ROWS_PER_RUN", 1)
+    assert run(pool, steps)[1].equals(kept)
 
 
 def test_the_sweep_says_what_other_thresholds_would_remove(make_pool) -> None:

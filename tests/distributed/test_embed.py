@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from curation.data import storage
 from curation.data.shards import ReadRules, ShardReader
-from curation.distributed.embed import ShardEmbed
+from curation.distributed.embed import ShardEmbed, best_captions
 from curation.models.clip import Towers, load_towers
 from tests.distributed.conftest import nano_spec
 
@@ -73,6 +73,44 @@ def test_a_rows_embedding_does_not_depend_on_how_many_rows_its_shard_has(
     call(embed(), str(write_shard(tmp_path / "one.tar", count=1)), number=1)
     three, one = (pq.read_table(tmp_path / "out" / "samples" / f"{n:08d}.parquet").to_pylist()[0] for n in (0, 1))
     assert three["image_embedding"] == one["image_embedding"] and three["clip_score"] == one["clip_score"]
+
+
+CAPTIONS = {0: ["a dog on grass", "two cats", "x"], 2: ["only one"], 4: [f"caption {n}" for n in range(2 * BATCH)]}
+"""Row 1 has none, row 3 no image; row 4 has more than fit a batch."""
+
+
+def captions_of(row: int) -> dict[str, Any]:
+    return {"captions": CAPTIONS.get(row, [])}
+
+
+def test_of_several_captions_the_best_is_used_and_it_is_noted_where_it_stood(
+    embed: Callable[..., ShardEmbed], towers: Towers, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", count=5, broken=[3], fields=captions_of)
+    rules = ReadRules(best_caption_of=("json.captions", "txt"))
+    assert call(embed(rules=rules), str(shard))["embedded"] == 4
+    rows = pq.read_table(tmp_path / "out" / "samples" / "00000000.parquet").to_pylist()
+    for number in (0, 1, 2, 4):
+        captions = [*CAPTIONS.get(number, []), f"picture 0 {number}"]
+        texts = towers.embed_texts(towers.tokenize(captions))
+        cosines = texts @ torch.tensor(rows[number]["image_embedding"], dtype=torch.float32)
+        best = int(cosines.argmax())
+        where = "txt" if best == len(captions) - 1 else f"json.captions[{best}]"
+        assert (rows[number]["caption"], rows[number]["caption_from"]) == (captions[best], where)
+        assert rows[number]["clip_score"] == pytest.approx(float(cosines[best]), abs=1e-3)
+        np.testing.assert_allclose(rows[number]["text_embedding"], texts[best].numpy(), atol=1e-3)
+    assert (rows[3]["status"], rows[3]["caption_from"]) == ("dropped", "txt")
+
+    call(embed(output=str(tmp_path / "one"), rules=ReadRules(caption_field="json.captions")), str(shard))
+    assert "caption_from" not in pq.read_schema(tmp_path / "one" / "samples" / "00000000.parquet").names
+
+
+def test_the_best_caption_is_the_first_of_the_highest_and_none_that_is_no_number() -> None:
+    image_ND = torch.eye(2).repeat_interleave(torch.tensor([2, 1]), dim=0)
+    nan = torch.full((2,), torch.nan)
+    text_MD = torch.stack([nan, *torch.eye(2), torch.eye(2)[1], nan, torch.eye(2)[0]])
+    chosen = best_captions(image_ND, text_MD, [2, 2, 2])
+    assert chosen.choices == [1, 0, 1] and chosen.places.tolist() == [1, 2, 5]
 
 
 @pytest.mark.parametrize("decode_threads", [1, 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from curation.data import tables
 from curation.data.manifest import OtherRun
 from curation.data.pool_rows import middle_square, read_pixels, read_pool, selected_uids
 from curation.data.shards import ReadRules
@@ -20,6 +22,7 @@ from curation.distributed import diffusion_loop
 from curation.distributed.arms import choose, networks_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
 from curation.distributed.diffusion_study import study_diffusion
+from curation.evaluation.retrieval import retrieval_recall
 from curation.models.frozen import load_frozen
 from curation.rating.study import open_study
 from curation.recipe.columns import Network
@@ -44,6 +47,7 @@ def diffusion(run: Path, output: Path, **fields: Any) -> DiffusionRecipe:
         run=str(run),
         output=str(output),
         arms=("random", "coreset"),
+        straw_men=False,
         keep=20,
         generator=TINY,
         steps=4,
@@ -65,7 +69,8 @@ def test_subsets_are_judged_and_say_first_what_they_hold_of_what_they_are_measur
     assert told.startswith("random: the selection holds 60 of the 236 images that it is measured against (25.4%")
     assert "WARNING: methods select on 'image_embedding' and are measured with the network that made it" in told
     study = json.loads((tmp_path / "subset.json").read_text())
-    assert study["arms"].keys() == {"random", "coreset", "typicality", "everything"}
+    assert study["arms"].keys() == {"random", "coreset", "typicality", "everything", "match"}
+    assert [note.partition(":")[0] for note in study["notes"]] == ["no arm clarity", "no arm aesthetic"]
     for figures in study["arms"].values():
         assert all(len(values) == 2 for values in figures.values()) and figures["distance"][0] > 0
         assert all(0 <= value <= 1 for name in ("precision", "recall", "coverage") for value in figures[name])
@@ -86,7 +91,7 @@ def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_si
     wanted = {"distance", "precision", "recall", "median_ratio", "memorised_share", "authentic_share"}
     assert all(wanted <= figures.keys() for figures in study["arms"].values())
     page = (tmp_path / "samples.html").read_text()
-    assert page.count("<figure>") == 2 and "random" in page and "coreset" in page
+    assert page.count("<figure>") == 3 and all(name in page for name in ("random", "coreset", "real images"))
     # Both started from the same noise, and learnt from different images.
     units = [Unit("random", 0, 4), Unit("coreset", 0, 4)]
     samples = [load_array(unit_url(str(tmp_path), unit, "samples.npy")) for unit in units]
@@ -188,6 +193,64 @@ def test_a_generator_whose_levels_do_not_halve_the_image_is_refused() -> None:
         Generator(image_size=10, channels=(8, 8, 8))
     with pytest.raises(ValueError, match="channels must be multiples of 8"):
         Generator(channels=(7,))
+
+
+def test_held_out_samples_are_measured_by_columns_of_any_model_and_first_it_is_said_what_the_selection_holds(
+    curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--run", str(curated), "--output", str(tmp_path), "--label", "shard", "--selection", str(curated)]
+    assert evaluate.main(["held-out", "pairs", *arguments, "--features", "image_embedding", "text_embedding"]) == 0
+    assert capsys.readouterr().out.startswith("the selection holds 71 of the 236 held-out samples (30.1%)")
+    study = json.loads((tmp_path / "held_out.json").read_text())
+    figures = study["figures"]
+    pool = read_pool(str(curated), ["image_embedding", "text_embedding", "shard"])
+    image, text = (torch.from_numpy(tables.as_array(pool[name], name=name)).float() for name in pool.column_names[:2])
+    found = retrieval_recall(image, text)
+    assert figures["image_to_text_r1"] == found.image_to_text[1]
+    assert figures["text_to_image_r10"] == found.text_to_image[10]
+    assert figures["zero_shot_top1"] <= figures["zero_shot_top5"] <= 1
+    assert figures["probe_fitted_on"] + figures["probe_tested_on"] == 236 and figures["probe_copies"] == 0
+    # A caption names its shard's number, an image is noise.
+    assert figures["linear_probe text_embedding"] > 0.5 > figures["linear_probe image_embedding"]
+
+    assert evaluate.main(["held-out", "pairs", *arguments, "--no-selected-only"]) == 0
+    assert capsys.readouterr().out.startswith("the selection holds 236 of the 236 held-out samples (100.0%)")
+    assert evaluate.main(["held-out", "images", *arguments[:6], "--probe-run", str(curated)]) == 0
+    assert capsys.readouterr().out.startswith("what the model was trained on is not known")
+    probes = json.loads((tmp_path / "held_out.json").read_text())["figures"]
+    assert probes.keys() == {"probe_fitted_on", "probe_tested_on", "probe_copies", "linear_probe image_embedding"}
+    assert probes["probe_copies"] == 236
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pairs", "--weights.model", "nano", "--label", "shard"], "weights: nano with these weights did not make"),
+        (["pairs", "--label", "json.class"], "label: 236 of 236 samples of .* have no json.class"),
+        (["pairs", "--features", "absent", "--label", "shard"], "has no column 'absent'"),
+        (["pairs", "--captions", "key"], "captions: key is string, no list of captions"),
+    ],
+)
+def test_what_cannot_be_measured_on_held_out_samples_is_refused(
+    curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert evaluate.main(["held-out", *arguments, "--run", str(curated), "--output", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "None"], "label: without pairs only probes are left"),
+        (["--captions", "json.captions"], "captions and embeddings are for pairs"),
+    ],
+)
+def test_what_needs_pairs_is_refused_without_them(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["held-out", "images", *arguments, "--run", "run", "--output", "out"])
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("kind", ["subset", "diffusion"])

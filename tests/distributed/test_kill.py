@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from curation.distributed import bucket_select
 from jobs import curate
 
 pytestmark = pytest.mark.slow
@@ -139,3 +140,68 @@ def test_a_killed_actor_costs_nothing_but_time(
     assert results(tmp_path) == unstopped
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["read"] == SHARDS * SAMPLES == summary["embedded"] + sum(summary["dropped"].values())
+
+
+SLOW_BUCKETS = """
+import sys, time
+from curation.distributed import bucket_select
+decide = bucket_select._decide_run
+def slow(*arguments):
+    time.sleep(0.5)
+    return decide(*arguments)
+bucket_select._decide_run, bucket_select.ROWS_PER_RUN = slow, 1
+from jobs import curate
+sys.exit(curate.main(sys.argv[1:]))
+"""
+"""A task for each bucket, each slow enough to be caught in the middle."""
+BUCKETS = {"exact_rows": 60, "bucket_rows": 30}
+STEPS = [
+    {"method": {"name": "semantic_dedup", "min_cosine": 0.9, **BUCKETS}},
+    {"method": {"name": "coreset", **BUCKETS}, "keep": 40},
+]
+
+
+def decided(output: Path, done: set[Path]) -> set[Path]:
+    """Decided runs of buckets of steps that have no verdict yet; those that have one are added to `done`."""
+    steps = output / "selection" / "steps"
+    folders = set(steps.iterdir()) if steps.exists() else set()
+    done |= {folder for folder in folders if (folder / "begins.npy").exists()}
+    return {path for folder in folders - done for path in (folder / "kept").glob("*.json")}
+
+
+def test_a_run_killed_in_the_middle_of_its_buckets_has_the_survivors_of_one_that_was_not(
+    ray_session: None, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Buckets by the thousand rows a task, as ever; the run that is killed has a task for each.
+    chosen = ["--selection", json.dumps(STEPS), "--write.no-tars"]
+    assert curate.main([*arguments(pool, tmp_path / "whole", actors=1, mode="fused"), *chosen]) == 0
+    killed = [*arguments(pool, tmp_path / "killed", actors=1, mode="fused"), *chosen]
+    ends: dict[Path, int] = {}
+    for verdicts in (0, 1):  # first amid the duplicates' buckets, then amid the coreset's
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW_BUCKETS, *killed],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        done: set[Path] = set()
+        wait_for(
+            lambda verdicts=verdicts, done=done: len(decided(tmp_path / "killed", done)) >= 2 and len(done) == verdicts,
+            process,
+        )
+        process.kill()
+        process.communicate()
+        here = decided(tmp_path / "killed", done)
+        assert len(done) == verdicts and len(here) >= 2
+        assert all(path.stat().st_mtime_ns == end for path, end in ends.items())
+        ends |= {path: path.stat().st_mtime_ns for path in here}
+    monkeypatch.setattr(bucket_select, "ROWS_PER_RUN", 1)
+    assert curate.main(killed) == 0
+    assert all(path.stat().st_mtime_ns == end for path, end in ends.items())
+    wanted, found = (
+        {n: d for n, d in results(tmp_path / name).items() if "steps" not in n} for name in ("whole", "killed")
+    )
+    assert found == wanted
+    account = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert account["selected"] == 40 and account["decoded_now"] == 0

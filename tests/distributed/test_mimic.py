@@ -9,17 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from curation.data import tables
+from curation.addresses import pack
+from curation.data import manifest, offered, tables
+from curation.data.drawn_rows import draw_rows
 from curation.data.manifest import OtherRun
 from curation.data.score_log import read_steps
 from curation.distributed.mimic_columns import VoteRounds, add_mimic_columns, checked_mimic
 from curation.distributed.select import select
 from curation.distributed.train import train
+from curation.distributed.train_plan import checked, resolved
+from curation.models.classifier import build_classifier
 from curation.recipe import Select, Threshold, TrainRecipe
 from curation.recipe.columns import MimicRecipe
-from curation.recipe.train import Data, Reference, Train, Weights, Workers
+from curation.recipe.train import Comparison, Data, Reference, Remember, Train, Weights, Workers
 from jobs import fit
+from tests.distributed.test_train import ledger_of
 
 LAYER = "visual.transformer.resblocks.3"
 
@@ -61,6 +67,86 @@ def test_every_rows_score_and_weight_is_logged_and_weights_have_mean_one(trained
     for step in steps:
         assert len(step.addresses) == 48 and step.weights.mean() == pytest.approx(1.0, abs=1e-5)
         assert step.weights[step.scores.argmax()] == step.weights.max() and np.isfinite(step.scores).all()
+
+
+@pytest.mark.slow
+def test_the_ledger_remembers_each_rows_last_score_and_weight(trained: tuple[Path, Any], run: Path) -> None:
+    output, _ = trained
+    last = {}
+    for step in read_steps(str(output)):
+        told = zip(step.addresses.tolist(), step.scores.tolist(), step.weights.tolist(), strict=True)
+        last |= {address: (score, weight) for address, score, weight in told}
+    ledger = ledger_of(mimic_recipe(run, output))
+    addresses = np.array(sorted(last))
+    for place, name in enumerate(("score", "weight")):
+        kept = ledger.read(name, addresses)["ledger_value"]
+        assert kept.tolist() == [last[address][place] for address in addresses.tolist()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["agra", "influence"])
+def test_a_rows_gradient_is_compared_with_that_of_a_batch_drawn_for_the_step(
+    run: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = TrainRecipe(
+        data=Data(run=str(run), segment_rows=16, features="image_embedding", label="shard"),
+        learner=Weights(model="linear", seed=3),
+        comparison=Comparison(run=str(run), rows=100, batch=60),
+        method={"name": method},
+        train=Train(num_steps=3, sub_batch=24, filter_ratio=0.5, objective="cross_entropy"),
+        compute=Workers(device="cpu", workers=2, max_failures=0),
+        ledger=Remember(score_log="on"),
+        output=str(tmp_path / "out"),
+    )
+    summary = train(recipe)
+    assert summary.failures == [] and summary.steps == 3
+    # The first step's scores by torch's own gradients, at the weights that the learner begins with.
+    first = next(read_steps(str(tmp_path / "out")))
+    shards = offered.offered_shards(str(run), manifest.committed(str(run), "embed"))
+    classes = {url: number for number, url in enumerate(sorted(shard.url for shard in shards))}
+    of_run = {"features": "image_embedding", "label": "shard", "classes": classes}
+    drawn = draw_rows(str(run), shards, num_rows=100, seed=recipe.seed, **of_run)
+    batch = np.random.default_rng([recipe.seed, 0]).choice(100, 60, replace=False)
+    network = build_classifier("linear", num_classes=6, num_features=drawn.features_NF.shape[1], seed=3)
+
+    def gradient(features: np.ndarray, labels: np.ndarray) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(features).float()), torch.from_numpy(labels))
+        return torch.autograd.grad(loss, network.head.weight)[0]
+
+    other = gradient(drawn.features_NF[batch], drawn.labels_N[batch])
+    whole = draw_rows(str(run), shards, num_rows=236, seed=0, **of_run)
+    at = {address: row for row, address in enumerate(offered_addresses(shards))}
+    assert len(first.addresses) == 48 and set(first.addresses.tolist()) <= set(at)
+    for address, score in list(zip(first.addresses.tolist(), first.scores.tolist(), strict=True))[::5]:
+        row = at[address]
+        own = gradient(whole.features_NF[row : row + 1], whole.labels_N[row : row + 1])
+        by_hand = (own * other).sum() / other.norm() / (own.norm() if method == "agra" else 1)
+        assert score == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+def offered_addresses(shards: list[offered.OfferedShard]) -> list[int]:
+    return [int(address) for s in shards for address in pack(s.number, s.row_numbers(0, s.offered))]
+
+
+def test_a_comparison_that_cannot_be_made_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    def recipe(**fields: Any) -> TrainRecipe:
+        data = Data(run=str(run), features="image_embedding", label="shard")
+        settings = {"method": {"name": "agra"}, "data": data, "learner": Weights(model="linear")}
+        train = Train(objective="cross_entropy", sub_batch=24, filter_ratio=0.0)
+        comparison = Comparison(run=str(run))
+        return TrainRecipe(
+            **{**settings, "train": train, "comparison": comparison, "output": str(tmp_path / "o"), **fields}
+        )
+
+    assert checked(resolved(recipe())).num_features
+    with pytest.raises(ValueError, match=r"'agra' compares with the gradient of a second batch: name its run"):
+        recipe(comparison=Comparison())
+    with pytest.raises(ValueError, match="method 'uniform' compares with no batch"):
+        recipe(method={"name": "uniform"})
+    with pytest.raises(ValueError, match="compares gradients of a head: it needs cross_entropy and data.features"):
+        recipe(data=Data(run=str(run)), train=Train(sub_batch=24, filter_ratio=0.0), learner=Weights(model="nano"))
+    with pytest.raises(ValueError, match="is no run of jobs.curate"):
+        checked(resolved(recipe(comparison=Comparison(run=str(tmp_path)))))
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,9 @@ import pytest
 from curation.data import manifest, shard_list, storage
 from curation.data.lease import Lease, OutputInUse
 from curation.data.manifest import OtherRun
-from curation.distributed.pipeline import ActorsFailed, Summary, curate, make_plan
+from curation.data.pieces import Record
+from curation.distributed.account import Summary
+from curation.distributed.pipeline import ActorsFailed, curate, embed_shards, make_plan
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write
 
 RecipeFor = Callable[..., CurateRecipe]
@@ -329,3 +332,18 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_told_as_such(
         ActorsFailed, match=r"ValueError: .*other\.pt does not hold weights of nano: it is no state dict"
     ):
         curate(recipe_for(str(path)).model_copy(update={"embed": embed}))
+
+
+def test_an_output_that_the_workers_do_not_share_is_told_after_the_first_shard(
+    small_pool: Path, recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(*given: Any) -> Iterator[Record]:
+        for record in embed_shards(*given):
+            Path(manifest.url_of(recipe.output, "embed", record["shard"])).unlink()
+            yield record
+
+    recipe = recipe_for(f"{small_pool}/a")
+    monkeypatch.setattr("curation.distributed.pipeline.embed_shards", elsewhere)
+    monkeypatch.setattr("curation.distributed.pipeline.SEEN_WITHIN_S", 0.1)
+    with pytest.raises(OSError, match="must be on storage that all nodes share"):
+        curate(recipe)

@@ -125,11 +125,16 @@ def test_ratings_are_columns_a_selection_draws_from_them_and_its_deciles_are_aud
     # Pictures and tables of the ranges.
     assert fit.main(["ratings", "default", "--run", str(run), "--rater", recipe.output, "--rows", "60"]) == 0
     folder = run / "fit" / "rating_percentile"
-    names = {"head-0-20.png", "middle-30-80.png", "tail-80-100.png", "dynamics.png", "correlations.json"}
+    names = {"head-0-20.png", "middle-30-80.png", "tail-80-100.png", "dynamics.png", "dynamics.json"}
+    names.add("correlations.json")
     assert names <= {path.name for path in folder.iterdir()}
     facts = json.loads((folder / "correlations.json").read_text())
     assert facts["rows"] == 60 and -1 <= facts["facts"]["edge_density"]["spearman_with_rating"] <= 1
     assert facts["facts"]["png_bytes"]["spearman_with_rating"] is None  # of noise all are as large
+    percentile_of = dict(zip(table["address"].to_pylist(), table["rating_percentile"].to_pylist(), strict=True))
+    of_range = {name: [percentile_of[address] for address in shown] for name, shown in facts["images"].items()}
+    assert max(of_range["head-0-20"]) < 0.2 and min(of_range["tail-80-100"]) >= 0.8
+    assert all(0.3 <= percentile < 0.8 for percentile in of_range["middle-30-80"])
 
 
 def test_a_stopped_teaching_goes_on_from_its_checkpoint(

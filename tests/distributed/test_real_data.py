@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from curation.distributed.pipeline import Summary, curate
+from curation.distributed.account import Summary
+from curation.distributed.pipeline import curate
 from curation.recipe import CurateRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

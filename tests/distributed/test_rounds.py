@@ -13,11 +13,13 @@ import pytest
 
 from curation.data import tables
 from curation.distributed.factor_columns import add_factor_columns
+from curation.distributed.pipeline import curate
 from curation.distributed.train import train
 from curation.methods.dynamic import usage_gap
-from curation.recipe import TrainRecipe
+from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
 from curation.recipe.columns import FactorsRecipe
 from curation.recipe.train import Data, Remember, Train, Weights, Workers
+from tests.distributed.conftest import WriteShard
 from tests.distributed.test_train import checkpoints, ledger_of, log, start, wait_for
 
 STEPS, BATCH = 24, 24  # 236 rows: a round at 0.5 has 5 steps
@@ -150,6 +152,36 @@ def test_the_rivals_choose_rounds_for_a_classifier(
         assert 118 < rounds[1]["rows"] < 236
     else:
         assert {head["rows"] for head in rounds} == {120}
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_decoded_any_more_is_counted_and_the_rounds_go_on(
+    ray_session: None, recipe_for: Callable[..., TrainRecipe], write_shard: WriteShard, tmp_path: Path
+) -> None:
+    # One image of each shard is larger than the training run allows.
+    for number in range(2):
+        write_shard(tmp_path / "pool" / f"{number:05d}.tar", count=24, seed=number, large=[7])
+    run = str(tmp_path / "run")
+    pool, embed = Pool(shards=str(tmp_path / "pool")), Embed(model="nano", batch_size=32)
+    assert curate(CurateRecipe(pool=pool, embed=embed, compute=Compute(device="cpu"), output=run)).embedded == 48
+    summary = train(
+        recipe_for(
+            tmp_path / "out",
+            method={"name": "rs2"},
+            data=Data(run=run, segment_rows=8, max_pixels=500),
+            train={"num_steps": 8, "sub_batch": 12},
+        )
+    )
+    assert summary.failures == [] and summary.steps == 8
+    # Each row has had two turns, the two that cannot be decoded too.
+    assert [(head["rows"], head["usage_min"], head["usage_max"]) for head in rounds_of(tmp_path / "out")] == [
+        (24, 0, 1),
+        (24, 1, 1),
+        (24, 1, 2),
+        (24, 2, 2),
+    ]
+    assert summary.samples_not_decoded == 4
+    assert summary.samples_trained == 8 * 12 - 4 and summary.ledger["uses"] == 8 * 12
 
 
 def test_what_a_round_cannot_ask_of_a_method_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import pytest
 
 from curation.data import storage
 from curation.data.shard_list import Shard
+from curation.data.shards import ReadRules
 from curation.distributed import staged
+from curation.distributed.account import Summary
 from curation.distributed.embed import EmbedSpec, ShardEmbed
-from curation.distributed.pipeline import Summary, curate
+from curation.distributed.pipeline import curate
 from curation.distributed.resources import Placement
 from curation.distributed.staged import PartEmbed, commit_shard, covers_shard, decode_shard, rows_per_part
 from curation.recipe import Compute, CurateRecipe, Embed, Pool
@@ -90,6 +92,24 @@ def test_the_parts_of_a_shard_make_the_table_and_the_account_of_the_fused_mode(
     }
     assert [rows for _, rows in record["batch_ends"]] == [rows for _, rows in other["batch_ends"]] == [4, 4, 3]
     assert not list((tmp_path / "out" / "parts").iterdir())
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_with_several_captions_a_row_make_the_table_of_the_fused_mode(
+    spec: EmbedSpec, write_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    def captions(row: int) -> dict[str, Any]:
+        return {"captions": [f"caption {row} {n}" for n in range(row % 4)]}
+
+    shard = str(write_shard(tmp_path / "a.tar", count=2 * BATCH + 3, broken=[5], fields=captions))
+    spec = dataclasses.replace(spec, rules=ReadRules(best_caption_of=("json.captions", "txt")))
+    commit_shard(spec, embedded(decode_shard(row_of(shard), spec=spec), spec))
+    fused = dataclasses.replace(spec, output=str(tmp_path / "fused"))
+    ShardEmbed(fused)(row_of(shard))
+    table, expected = (tmp_path / out / "samples" / "00000007.parquet" for out in ("out", "fused"))
+    assert pq.read_table(table).to_pylist() == pq.read_table(expected).to_pylist()
+    assert table.read_bytes() == expected.read_bytes()
+    assert set(pq.read_table(table)["caption_from"].to_pylist()) > {"txt", "json.captions[0]"}
 
 
 @pytest.mark.usefixtures("small_parts")

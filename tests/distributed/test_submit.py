@@ -75,7 +75,7 @@ class Head:
             "RAY_AUTH_TOKEN": self._token,
             "RAY_JOB_STOP_WAIT_TIME_S": "120",
         }
-        self._log = folder / "head.log"
+        self._folder, self._log = folder, folder / "head.log"
         options = {
             "node-ip-address": "127.0.0.1",
             "port": port,
@@ -136,6 +136,12 @@ class Head:
 
     def logs(self, name: str) -> str:
         return self.ask(f"api/jobs/{name}/logs")["logs"]
+
+    def worker_lines(self, run: str) -> list[dict[str, Any]]:
+        """The JSON lines of a run's workers, from where a node's log collector reads them."""
+        files = (self._folder / "session_latest" / "logs").glob("worker-*.err")
+        lines = [line for file in files for line in file.read_text().splitlines() if line.startswith('{"time"')]
+        return [told for line in lines if (told := json.loads(line))["run"] == run]
 
     def stop(self, name: str) -> None:
         """What `ray job stop` asks."""
@@ -235,8 +241,11 @@ def test_a_stopped_curation_keeps_what_it_committed_and_the_next_one_goes_on(hea
     job = head.ended("curate-2")
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0), head.logs("curate-2")
     assert before.items() <= committed(pool).items() and len(committed(pool)) == SHARDS
-    lines = [json.loads(line) for line in head.logs("curate-2").splitlines() if line.startswith('{"time"')]
+    lines = [json.loads(line) for line in head.logs("curate-2").splitlines() if line.startswith("{")]
     assert {line["run"] for line in lines} == {"night-7"}
+    now = {line["number"]: line for line in head.worker_lines("night-7") if line.get("stage") == "embed"}
+    assert now.keys() == set(range(SHARDS)) - {int(name.removesuffix(".json")) for name in before}
+    assert all(line["read"] == SAMPLES and line["node"] and line["pid"] for line in now.values())
     [plan] = [line for line in lines if "committed_before" in line]
     [summary] = [line for line in lines if line["message"] == "summary"]
     assert summary["embedded"] == SHARDS * SAMPLES
@@ -259,10 +268,12 @@ def test_a_stopped_training_saves_a_checkpoint_and_the_next_one_goes_on_from_the
     assert (told["steps"], told["stopped"], told["failures"]) == (done, "SIGTERM", [])
     assert not (pool / "trained" / "lease.json").exists() and not (trained / "learner.pt").exists()
 
-    head.submit("train-2", *train_words(pool))
+    head.submit("train-2", *train_words(pool), "--log-json")
     job = head.ended("train-2")
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0), head.logs("train-2")
     assert f"{done} steps done before" in head.logs("train-2")
+    said = [line["step"] for line in head.worker_lines("train-2") if line["message"].startswith("checkpoint")]
+    assert said[-1] == STEPS
     assert pq.read_table(trained / "steps.parquet")["step"].to_pylist() == list(range(1, STEPS + 1))
     assert (trained / "learner.pt").exists()
 

@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.data import offered
+from curation.data import offered, tables
+from curation.data.held_out import held_by_pool
 from curation.data.score_log import read_steps
 from curation.distributed import train as training
-from curation.distributed.train import TrainSummary, check, train
-from curation.ledger import Ledger, LedgerSpec
+from curation.distributed.run_ledger import ledger_specs
+from curation.distributed.train import TrainSummary, TrainWatch, check, train
+from curation.ledger import Ledger
 from curation.models.clip import build_network
 from curation.recipe import TrainRecipe
 from curation.recipe.train import Data, Evaluate, Reference, Remember, Train, Weights, Workers
@@ -58,6 +60,23 @@ def truth(curated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Heard(TrainWatch):
+    """What a run says, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def held_out(self, told: dict[str, int]) -> None:
+        self.told.append(f"{told['held_by_the_pool']} of {told['evaluated']} held")
+
+    def progress(self, noted: dict[str, Any]) -> None:
+        self.told.append("progress")
+
+
+HEARD = Heard()
+"""Of the run `done`."""
+
+
 @pytest.fixture(scope="module")
 def done(curated: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainRecipe, TrainSummary]:
     """A run of two workers that was never stopped: 6 steps of 48 rows, so 1.22 rounds."""
@@ -68,7 +87,7 @@ def done(curated: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -
         data=Data(run=str(curated), segment_rows=16, truth=str(truth)),
         evaluate=Evaluate(shards=str(curated.parent / "pool" / "00003.tar"), every_steps=4),
     )
-    return recipe, train(recipe)
+    return recipe, train(recipe, watch=HEARD)
 
 
 @pytest.mark.slow
@@ -101,6 +120,7 @@ def test_every_step_is_noted(done: tuple[TrainRecipe, TrainSummary]) -> None:
         assert np.isfinite(steps[name].to_numpy().astype(float)).all(), name
     for phase in ("wait", "score", "select", "exchange", "step", "ledger"):
         assert (steps[f"seconds_{phase}"].to_numpy() >= 0).all()
+    assert "joules" not in steps.column_names  # nothing counts them on a CPU
 
 
 @pytest.mark.slow
@@ -112,6 +132,27 @@ def test_held_out_pairs_are_measured_at_intervals_and_at_the_end(done: tuple[Tra
     for name in ("image_to_text_r1", "text_to_image_r10", "mean_r1"):
         assert all(0 <= share <= 1 for share in evaluations[name].to_pylist())
     assert summary.last["mean_r1"] == evaluations["mean_r1"].to_pylist()[-1]
+
+
+@pytest.mark.slow
+def test_a_run_says_before_any_figure_what_of_its_held_out_samples_the_pool_holds(
+    done: tuple[TrainRecipe, TrainSummary],
+) -> None:
+    _, summary = done  # it is measured on a shard of the pool itself
+    assert HEARD.told[0] == "40 of 40 held" and HEARD.told.count("40 of 40 held") == 1
+    assert summary.held_out == {"evaluated": 40, "held_by_the_pool": 40}
+    assert "40 of the 40 held-out samples are in the pool that was trained on" in summary.warnings[0]
+
+
+def test_a_held_out_sample_is_in_the_pool_by_its_uid_or_by_its_bytes(curated: Path) -> None:
+    table = tables.read(str(curated), 1, ["uid", "sha256", "status"]).to_pylist()
+    good, dropped = table[1], table[0]
+    assert (good["status"], dropped["status"]) == ("ok", "dropped")
+    samples = [(good["uid"], "0" * 64), ("0" * 32, good["sha256"]), ("1" * 32, "1" * 64), (dropped["uid"], "2" * 64)]
+    uids, sha256s = map(list, zip(*[*samples, ("3" * 32, "")], strict=True))
+    assert held_by_pool(uids, sha256s, str(curated), range(6)) == 2
+    assert held_by_pool(uids, sha256s, str(curated), [0, 2, 3]) == 0
+    assert held_by_pool(uids, sha256s, str(curated), range(6), among=["3" * 32]) == 0
 
 
 @pytest.mark.slow
@@ -193,7 +234,7 @@ def ledger_of(recipe: TrainRecipe) -> Ledger:
     shards = offered.load(str(Path(recipe.output) / "train" / "pool.parquet"))
     sizes = np.array([shard.rows for shard in shards])
     newest = sorted(Path(recipe.output).glob("ledger/*/snapshots/*/ledger.json"))[-1].parent
-    return Ledger.load(lambda name: open(newest / name, "rb"), sizes, {"score": LedgerSpec("last")})
+    return Ledger.load(lambda name: open(newest / name, "rb"), sizes, ledger_specs(recipe))
 
 
 @pytest.fixture(scope="module")

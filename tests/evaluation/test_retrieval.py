@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from curation.evaluation import retrieval
 from curation.evaluation.retrieval import retrieval_recall
 
 
@@ -84,3 +85,10 @@ ROWS = unit_rows(4, seed=5)
 def test_what_cannot_be_ranked_is_refused(image, text, fields, complaint):
     with pytest.raises(ValueError, match=complaint):
         retrieval_recall(image, text, **fields)
+
+
+def test_however_many_candidates_there_are_a_block_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = unit_rows(9, seed=1), unit_rows(9, seed=2)
+    whole = retrieval_recall(image, text, ks=(1, 5))
+    monkeypatch.setattr(retrieval, "BLOCK_CELLS", 4)
+    assert retrieval_recall(image, text, ks=(1, 5)) == whole

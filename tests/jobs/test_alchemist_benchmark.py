@@ -10,6 +10,7 @@ import pytest
 
 from jobs import benchmark
 from jobs.benchmarks.alchemist import WAYS, auc, separation
+from jobs.benchmarks.alchemist_models import EVERY, MODELS, steps_to, summary, variation
 
 
 def test_auc_is_the_chance_that_one_exceeds_the_other():
@@ -45,3 +46,27 @@ def test_the_smallest_study_tells_every_figure_and_does_nothing_twice(
     assert benchmark.main(arguments) == 0
     assert " done" not in capsys.readouterr().out
     assert json.loads(out.read_text())["selections"] == figures["selections"]
+
+
+def test_steps_and_variation_of_a_curve_are_what_they_are_called() -> None:
+    assert steps_to([3.0, 2.0, 1.0, 1.5], 1.0) == 2 * EVERY
+    assert steps_to([3.0, 2.0], 3.0) == EVERY and steps_to([3.0, 2.0], 1.9) is None
+    assert variation([9.0, 9.0, 9.0, 5.0, 4.0, 3.0]) == 0.0
+    assert variation([9.0, 9.0, 9.0, 5.0, 4.0, 5.0]) == 1.0
+    curves = {"whole, equal epochs": [3.0, 2.0, 1.0, 0.5], "random 20%": [3.0, 2.0, 1.5, 1.2]}
+    curves |= {"random 50%": [3.0, 2.0, 1.0, 0.9], "top-k 20%": [3.0, 1.2, 1.1, 1.0]}
+    told = summary([{"masked": curves}])["masked"]["top-k 20%"]
+    assert told["speed_up"] == [3.0] and told["minus_random"]["mean"] == pytest.approx(-0.2)
+    assert told["minus_whole, equal epochs"]["mean"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_smallest_models_are_trained_on_every_selection(real_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    out = tmp_path / "figures.json"
+    assert benchmark.main(["alchemist_models", "--tiny", "--folder", str(tmp_path), "--json", str(out)]) == 0
+    [of_pool] = json.loads(out.read_text())["pools"].values()
+    assert of_pool.keys() == MODELS.keys()
+    for arms in of_pool.values():
+        assert {"whole, equal epochs", "random 20%", "top-k 50%", "no junk 20%"} <= arms.keys()
+        assert sum(name.startswith("Shift-Gsample 20%") for name in arms) >= 2

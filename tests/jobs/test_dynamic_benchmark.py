@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from jobs import benchmark
-from jobs.benchmarks.dynamic import MORE, OURS, RIVALS, paired
+from jobs.benchmarks.dynamic import MORE, RIVALS
 from jobs.benchmarks.dynamic_runs import BATCH, LEARNING_RATE, WEIGHT_DECAY, Arm, Pool, Stack, train_stack
+from jobs.benchmarks.dynamic_tables import OURS, paired
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,27 @@ from collections.abc import Iterator
 
 import pytest
 
+from curation.distributed import logs
 from jobs import curate, log
 
 
 @pytest.fixture(autouse=True)
 def plain_again() -> Iterator[None]:
     yield
-    log.configure(as_json=False)
+    logs.configure(as_json=False)
 
 
 def test_plain_lines_are_the_message_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure(as_json=False)
+    logs.configure(as_json=False)
     log.say("10 shards", shards=10)
-    assert capsys.readouterr().err == "10 shards\n" and not log.is_json()
+    assert capsys.readouterr().err == "10 shards\n" and not logs.is_json()
 
 
 def test_json_lines_carry_the_run_the_facts_and_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(log.RUN_ID_VARIABLE, "night-7")
-    log.configure(as_json=True)
+    monkeypatch.setenv(logs.RUN_ID_VARIABLE, "night-7")
+    logs.configure(as_json=True)
     log.say("10 shards", shards=10, output="s3://ü")
     try:
         raise OSError("no route")
@@ -42,14 +43,14 @@ def test_json_lines_carry_the_run_the_facts_and_an_error(
 
 
 def test_a_runs_id_is_what_is_given_else_the_submissions_else_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(log.RUN_ID_VARIABLE, raising=False)
+    monkeypatch.delenv(logs.RUN_ID_VARIABLE, raising=False)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert log.run_id() != log.run_id()
+    assert logs.run_id() != logs.run_id()
     submitted = {"runtime_env": {}, "metadata": {"job_submission_id": "first"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
-    assert log.run_id() == "first"
-    monkeypatch.setenv(log.RUN_ID_VARIABLE, "given")
-    assert log.run_id() == "given"
+    assert logs.run_id() == "first"
+    monkeypatch.setenv(logs.RUN_ID_VARIABLE, "given")
+    assert logs.run_id() == "given"
 
 
 def test_a_jobs_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +68,7 @@ def test_a_limit_that_is_none_is_a_wrong_command(capsys: pytest.CaptureFixture[s
 def test_no_line_tells_a_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
     for as_json in (False, True):
-        log.configure(as_json=as_json)
+        logs.configure(as_json=as_json)
         log.say("asked with 0123456789abcdef", url="https://h/a.tar?sig=5ecret", token="0123456789abcdef")
         said = capsys.readouterr().err
         assert "0123456789abcdef" not in said and "5ecret" not in said and "***" in said

@@ -108,6 +108,7 @@ def test_the_recipe_lightly_is_the_articles_set_up() -> None:
     recipe = DIFFUSION["lightly"]()
     generator = recipe.generator
     assert (generator.image_size, generator.batch_size, recipe.keep, recipe.samples) == (128, 32, 1000, 10_000)
+    assert (recipe.max_width, recipe.straw_men) == (1024, False)
     steps = {arm.name: (arm.source, arm.steps or recipe.steps) for arm in recipe.all_arms()}
     assert steps == {
         "random": ("uniform", 20_000),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any, cast
 
 import pytest
 
-from jobs.benchmarks import chaos, doctor, scale
+from jobs.benchmarks import chaos, doctor, nodes, scale
+from jobs.benchmarks.chaos_runs import Case, Round
 
 HERE = {"ray": "2.60.0", "torch": "2.11.0"}
 GOOD = {"versions": HERE, "write_mb_s": 300.0, "read_mb_s": 900.0, "decoded_per_s": 120.0, "cores": 16}
@@ -58,7 +61,7 @@ def round_of(
     tmp_path: Path, *, code: int, fault: str, monkeypatch: pytest.MonkeyPatch, harm: str = ""
 ) -> dict[str, Any]:
     """A round whose runs are made up: each writes one table, and ends with `code`."""
-    run = chaos.Round(tmp_path / "out", cast(Any, None), "pool", chaos.random.Random(0), 3)
+    run = Round(Case("curate", "pool", 3, tmp_path), tmp_path / "out", cast(Any, None), random.Random(0))
 
     def start() -> Any:
         (run.output / "samples").mkdir(parents=True, exist_ok=True)
@@ -70,8 +73,8 @@ def round_of(
     monkeypatch.setattr(run, "start", start)
     monkeypatch.setattr(run, "ended", lambda process=None: code)
     monkeypatch.setitem(chaos.FAULTS, fault, lambda run: None)
-    wanted = {"samples/a.parquet": chaos.hashlib.sha256(b"whole").hexdigest()}
-    return chaos._round(fault, run, wanted)
+    wanted = {"samples/a.parquet": hashlib.sha256(b"whole").hexdigest()}
+    return chaos.judged(fault, run, wanted)
 
 
 def test_a_round_passes_if_all_is_as_it_was_without_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +92,7 @@ def test_a_round_fails_if_a_run_does_or_a_byte_differs(
 def test_only_what_we_started_is_killed() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert chaos._is_below(child.pid, os.getpid()) and not chaos._is_below(os.getppid(), os.getpid())
+        assert nodes.is_below(child.pid, os.getpid()) and not nodes.is_below(os.getppid(), os.getpid())
     finally:
         child.kill()
         child.communicate()

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from open_clip.timm_model import TimmModel
 from timm.layers.patch_embed import resample_patch_embed
 from torch.nn import functional as F
 
@@ -42,6 +43,26 @@ def test_an_enlarged_patch_means_what_the_patch_meant(visual: Any) -> None:
     assert (torch.einsum("ncij,ocij->no", enlarged, mean) - before).abs().max() > 1
 
 
+@pytest.mark.parametrize(
+    ("name", "pool", "proj"),
+    [("vit_tiny_patch16_224", "map", ""), ("vit_tiny_patch16_224", "token", "linear"), ("test_vit3", "avg", "mlp")],
+)
+def test_a_timm_tower_gives_what_it_always_gave_and_takes_other_patches(name: str, pool: str, proj: str) -> None:
+    torch.manual_seed(0)
+    tower = TimmModel(name, embed_dim=12, pool=pool, proj=proj).eval()
+    own, side = flexi.native_patch_size(tower), cast(Any, tower).trunk.patch_embed.img_size[0]
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    theirs = tower(images)
+    torch.testing.assert_close(flexi.encode_image(tower, images, patch_size=own), theirs)
+    larger = flexi.encode_image(tower, images, patch_size=2 * own)
+    assert larger.shape == theirs.shape and not torch.allclose(larger, theirs)
+    smaller_images = flexi.encode_image(tower, images[:, :, : 4 * own, : 4 * own], patch_size=own)
+    assert smaller_images.shape == theirs.shape
+    larger.sum().backward()
+    trunk = cast(Any, tower).trunk
+    assert trunk.patch_embed.proj.weight.grad.abs().sum() > 0 and trunk.pos_embed.grad.abs().sum() > 0
+
+
 def test_positions_are_resized_but_for_the_class_tokens() -> None:
     ramp = torch.arange(6.0).repeat(6, 1)  # grows along each row of the grid, and only there
     positions = torch.cat([torch.tensor([[-7.0]]), ramp.reshape(-1, 1)])
@@ -74,13 +95,15 @@ def test_smaller_images_are_a_smaller_grid() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "complaint"),
     [
-        ("RN50", {"patch_size": 32}, "open_clip's own vision transformers, which 'RN50' does not have"),
-        ("ViT-B-16-SigLIP", {"patch_size": 32}, "which 'ViT-B-16-SigLIP' does not have"),
+        ("RN50", {"patch_size": 32}, "vision transformers, which 'RN50' has not"),
+        ("convnext_base", {"patch_size": 32}, "which 'convnext_base' has not"),
+        ("ViT-B-16-SigLIP", {"patch_size": 30}, "patches of 30 pixels do not tile images of 224 pixels"),
         ("nano", {"patch_size": 10}, "patches of 10 pixels do not tile images of 48 pixels"),
         ("nano", {"image_size": 20}, "patches of 8 pixels do not tile images of 20 pixels"),
     ],
 )
 def test_what_cannot_be_resampled_is_refused(name: str, sizes: dict[str, int], complaint: str) -> None:
-    check_resolution("ViT-B-16", image_size=None, patch_size=32)
+    for known in ("ViT-B-16", "ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP"):
+        check_resolution(known, image_size=None, patch_size=28 if "14" in known else 32)
     with pytest.raises(ValueError, match=complaint):
         check_resolution(name, **{"image_size": None, "patch_size": None, **sizes})

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from curation.numerics import greedy
-from curation.numerics.greedy import greedy_by_distance, k_center
+from curation.numerics.greedy import greedy_by_distance, greedy_by_spacing, k_center
 from curation.numerics.neighbors import nearest_distances, squared_distances
 
 
@@ -39,7 +39,26 @@ def test_how_many_columns_are_made_ahead_changes_nothing(monkeypatch, made, kept
     expected = k_center(rows, keep=80, first=0)
     monkeypatch.setattr(greedy, "COLUMNS_AHEAD", made)
     monkeypatch.setattr(greedy, "COLUMNS_KEPT", kept)
-    assert torch.equal(k_center(rows, keep=80, first=0), expected)
+    found = greedy_by_distance(rows, keep=80, first=0, scores=lambda nearest2, _: nearest2)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 9, 64, 1000])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_how_many_rows_are_candidates_changes_nothing(monkeypatch, candidates, weighed):
+    rows = torch.cat([unit(150, seed=4), unit(150, seed=4)[:50], 0.05 * unit(60, seed=5)])  # with copies, and a clump
+    weight = torch.rand(260, generator=torch.Generator().manual_seed(6)) + 0.1 if weighed else torch.ones(260)
+    expected = greedy_by_distance(rows, keep=200, first=3, scores=lambda nearest2, _: nearest2 * weight)
+    monkeypatch.setattr(greedy, "CANDIDATES", candidates)
+    monkeypatch.setattr(greedy, "COLUMNS_AT_ONCE", 3)
+    found = greedy_by_spacing(rows, keep=200, first=3, score=lambda nearest2, places: nearest2 * weight[places])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 4])
+def test_more_rows_that_score_alike_than_candidates_are_parted_by_place(monkeypatch, candidates):
+    monkeypatch.setattr(greedy, "CANDIDATES", candidates)
+    assert k_center(torch.zeros(7, 2), keep=6, first=3).tolist() == [3, 0, 1, 2, 4, 5]
 
 
 def test_copies_come_after_every_other_row():

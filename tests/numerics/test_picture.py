@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from curation.numerics.picture import laplacian_variance, plainness
+from curation.numerics.picture import colourfulness, laplacian_variance, plainness
 
 
 def test_a_flat_picture_and_a_ramp_have_no_laplacian() -> None:
@@ -33,3 +33,11 @@ def test_plainness_is_the_share_of_the_commonest_tone_and_its_neighbours() -> No
     tones = np.array([[10, 10, 10, 14, 15, 6, 5, 200]], np.uint8)
     assert plainness(tones) == 5 / 8
     assert plainness(np.arange(256, dtype=np.uint8)[None]) == 5 / 256  # all are the commonest: the first, at the end
+
+
+def test_grey_has_no_colour_and_two_pure_colours_have_that_of_the_formula() -> None:
+    assert colourfulness(np.full((3, 4, 3), 90, np.uint8)) == 0
+    halves = np.zeros((2, 2, 3), np.uint8)
+    halves[0, :, 0], halves[1, :, 2] = 200, 200  # red-green is 200 and 0, yellow-blue 100 and -200
+    wanted = np.hypot(100, 150) + 0.3 * np.hypot(100, -50)
+    np.testing.assert_allclose(colourfulness(halves), wanted)

@@ -73,6 +73,8 @@ def write_run(tmp_path: Path) -> WriteRun:
         keep: int = 0,
         selection: Sequence[Mapping[str, Any]] | None = None,
         waterfall: Sequence[tuple[str, int, int]] | None = None,
+        device: str = "cpu",
+        joules: Sequence[float | None] = (),
         **fields: Any,
     ) -> Path:
         run = tmp_path / folder
@@ -94,6 +96,7 @@ def write_run(tmp_path: Path) -> WriteRun:
                 "dropped": {},
                 "seconds": {"wait": 1.0, "decode": 2.0, "forward": 2.5, "write": 0.5},
             }
+            record |= {"joules": joules[number]} if joules else {}
             manifest.commit(str(run), "embed", number, record, made_by={"embed.model": "nano"})
             listed.append(Shard(number, str(url), "x", sha256=storage.sha256_of(str(url)), rows=len(rows)))
             kept_from += [row for row in table.to_pylist() if row["status"] == "ok"]
@@ -122,7 +125,7 @@ def write_run(tmp_path: Path) -> WriteRun:
             "code": "c0de",
             "seeds": {"selection": 0},
         }
-        whole |= {"embedded_by": {"compute.device": "cpu", "embed.model": "nano"}, "versions": {"python": "3.11"}}
+        whole |= {"embedded_by": {"compute.device": device, "embed.model": "nano"}, "versions": {"python": "3.11"}}
         (run / "recipe.json").write_text(json.dumps(whole))
         return run
 
@@ -172,6 +175,8 @@ def write_training(tmp_path: Path) -> Callable[..., Path]:
         seed: int = 0,
         data_run: Path | None = None,
         usage: Sequence[int] | None = None,
+        joules: Sequence[float | None] | None = None,
+        device: str = "cpu",
     ) -> Path:
         run = tmp_path / name
         (run / "train").mkdir(parents=True)
@@ -186,6 +191,7 @@ def write_training(tmp_path: Path) -> Callable[..., Path]:
         }
         spent = {"seconds_wait": [0.5] * len(recall), "seconds_score": [0.25] * len(recall)}
         log = {**totals, **spent, "seconds_step": [1.0] * len(recall), "junk_share": [0.5] * len(recall)}
+        log |= {} if joules is None else {"joules": list(joules)}
         pq.write_table(pa.table(log), run / "train" / "steps.parquet")
         pq.write_table(pa.table({**totals, "mean_r1": list(recall)}), run / "train" / "evaluations.parquet")
         recipe = TrainRecipe.model_validate(
@@ -193,7 +199,7 @@ def write_training(tmp_path: Path) -> Callable[..., Path]:
                 "method": {"name": method},
                 "data": {"run": str(data_run or "")},
                 "train": {"sub_batch": 10, "filter_ratio": ratio, "num_steps": len(recall)},
-                "compute": {"device": "cpu"},
+                "compute": {"device": device},
                 "learner": {"model": "nano", "seed": seed},
                 "output": str(run),
                 "seed": seed,

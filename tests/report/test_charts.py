@@ -54,6 +54,14 @@ def test_bars_stack_to_their_counts() -> None:
     assert "cut 1" in svg
 
 
+def test_a_shares_band_is_drawn_as_far_as_shares_go() -> None:
+    line = Line("a", [0, 1], [0.1, 0.9], 0, [-0.5, 0.2], [0.6, 1.7])
+    svg = str(line_chart([line], x_label="x", y_label="y", as_share=True))
+    ticks_shown = re.findall(r">(−?[\d.]+%)<", svg)
+    assert ticks_shown[0] == "0%" and ticks_shown[-1] == "100%"
+    assert ">−0.5<" in str(line_chart([line], x_label="x", y_label="y"))
+
+
 def test_ticks_are_round_and_in_range() -> None:
     assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(-0.7, 0.55) == [-0.5, 0.0, 0.5]
@@ -61,7 +69,7 @@ def test_ticks_are_round_and_in_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1500, "1.5k"), (-0.25, "−0.25"), (2.5e12, "2.5T"), (999, "999")]
+    ("value", "text"), [(0, "0"), (1500, "1.5k"), (-0.25, "−0.25"), (2.5e12, "2.5T"), (999, "999"), (999.6, "1k")]
 )
 def test_numbers_are_short(value, text) -> None:
     assert number(value) == text

@@ -238,6 +238,32 @@ def test_money_comes_from_the_price_file_and_is_left_out_without_one(write_run, 
     assert ">CHF<" in shown.html and ">4<" in shown.html
 
 
+def test_energy_says_whether_it_was_measured(write_run) -> None:
+    rows = [[Row(), Row()]]
+    assert ">estimate<" in made(write_run("cpu", rows)).html
+    measured = made(write_run("gpu", rows, device="cuda", joules=[7200.0], selection=[]))
+    assert "2 Wh" in measured.html and ">measured<" in measured.html and "at the measured rate" in measured.html
+
+
+def test_scores_are_correlated_by_rank(write_run) -> None:
+    """Of four rows the second score turns the order of the first but for one pair: Spearman's -0.8."""
+    scores = [(1, 40), (2, 30), (3, 10), (4, 20)]
+    run = write_run("run", [[Row(score=a, fields={"quality": float(b)}) for a, b in scores]])
+    matrix = made(run).html.partition('<table class="matrix">')[2].partition("</table>")[0]
+    assert re.findall(r">(−?\d\.\d\d)<", matrix) == ["1.00", "−0.80", "−0.80", "1.00"]
+
+
+@pytest.mark.parametrize(
+    ("kwh", "said"), [(0.856, "856 Wh"), (0.9996, "1k Wh"), (0.00017, "0.17 Wh"), (2.5, "2.5 kWh"), (4e4, "40 MWh")]
+)
+def test_energies_are_short(kwh, said) -> None:
+    assert page.energy(kwh) == said
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert page.signed(-0.001) == "0.00" and page.signed(-0.126) == "−0.13"
+
+
 def test_text_stays_in_its_place() -> None:
     assert plain("a\u202eb\x1bc\nd") == "a\ufffdb\ufffdc\nd"
     assert plain("x" * 10, 4) == "xxxx…"

@@ -20,7 +20,15 @@ def test_the_grid_shows_each_image_in_its_place_enlarged_without_mixing_pixels()
 
 def test_the_page_holds_every_arm_and_figure_and_no_text_of_it_is_markup() -> None:
     samples = {"random": np.zeros((4, 8, 8, 3), np.uint8), "<b>": np.ones((4, 8, 8, 3), np.uint8)}
-    told = page("A & B", samples, table=[["arm", "distance"], ["<b>", "1 ± 2"]], notes=["n"], warnings=["<script>"])
+    told = page(
+        "A & B",
+        samples,
+        table=[["arm", "of_it"], ["<b>", "1 ± 2"]],
+        legend={"of_it": "<i>", "other": "o"},
+        notes=["n"],
+        warnings=["<script>"],
+    )
+    assert "<th>of it</th>" in told and "<dt>of it</dt><dd>&lt;i&gt;</dd>" in told and "other" not in told
     assert "<b>" not in told and "<script>" not in told and "A &amp; B" in told and "1 ± 2" in told
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", told)
     sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures]

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from curation.methods import load_selector
 from curation.models.classifier import Classifier, build_classifier
+from curation.selector import Selector
 from curation.training.classifier_learner import ClassifierLearner
 from curation.training.contrastive import make_optimizer
+from curation.training.of_round import OfRound
 from curation.training.online_step import OnlineSettings, OnlineTrainer
+from curation.training.schedules import RateSchedule
 from curation.training.step import NotFinite
 
 
@@ -57,6 +60,60 @@ def test_it_learns_what_the_labels_say() -> None:
     outcomes = [trainer.step(number, block_of(32, seed=number)) for number in range(60)]
     assert outcomes[-1].report.accuracy > 0.9 > outcomes[0].report.accuracy
     assert outcomes[-1].picked.reference_loss is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine", [1, 0.75, 0.25, 0]), ("step", [1, 1, 0.1, 0.01]), ("one-cycle", [0.04, 0.994, 0.463, 0])],
+)
+def test_the_rate_follows_the_schedule_by_the_share_of_the_run(schedule: RateSchedule, expected: list[float]) -> None:
+    settings = OnlineSettings(keep=4, num_steps=3000, seed=0, learning_rate=0.5, schedule=schedule, warmup=0.0)
+    learner = learner_of()
+    trainer = OnlineTrainer(learner, make_optimizer(learner.network), load_selector("uniform"), settings)
+    rates = []
+    for number in (0, 999, 1999, 2999):
+        trainer.step(number, block_of(4, seed=number))
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / 0.5)
+    assert rates == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("selector", [OfRound("score"), OfRound("loss"), load_selector("uniform")])
+def test_where_every_row_is_wanted_a_bad_one_has_no_share_in_the_step(selector: Selector) -> None:
+    block = block_of(8) | {"round_weight": torch.arange(1, 9) / 4.5}
+    block["ok"][[2, 5]] = False
+    good = {name: column[block["ok"]] for name, column in block.items()}
+    of_good = good["round_weight"] if isinstance(selector, OfRound) else torch.ones(6)
+    networks, chosen = [], []
+    for rows, keep in ((block, 8), (good, 6)):
+        learner = learner_of()
+        settings = OnlineSettings(keep=keep, num_steps=1, seed=0, learning_rate=0.5, warmup=0)
+        optimizer = torch.optim.SGD(learner.network.parameters(), lr=0.5)
+        trainer = OnlineTrainer(learner, optimizer, selector, settings)
+        chosen.append(trainer.step(0, dict(rows)).picked)
+        networks.append(learner.network.head.weight.detach())
+    torch.testing.assert_close(*networks)
+    picked, of_others = chosen
+    torch.testing.assert_close(picked.chosen.row_weights[block["ok"]], of_good * 8 / 6)
+    assert picked.chosen.row_weights[[2, 5]].tolist() == [0, 0]
+    assert picked.chosen.selected["address"].tolist() == good["address"].tolist()
+    assert picked.recorded[0].tolist() == of_others.recorded[0].tolist()
+    assert picked.trained.tolist() == list(range(8)), "their turn has passed, or they would come again each round"
+
+
+def test_too_few_good_rows_to_choose_from_are_an_error() -> None:
+    block, learner = block_of(8), learner_of()
+    block["ok"][:5] = False
+    trainer = OnlineTrainer(
+        learner, make_optimizer(learner.network), load_selector("uniform"), OnlineSettings(keep=4, num_steps=1, seed=0)
+    )
+    with pytest.raises(ValueError, match="step 0: 4 rows are to be chosen, 3 can be"):
+        trainer.step(0, block)
+    block["ok"][:] = False
+    trainer = OnlineTrainer(
+        learner, make_optimizer(learner.network), load_selector("uniform"), OnlineSettings(keep=8, num_steps=1, seed=0)
+    )
+    with pytest.raises(ValueError, match="step 0: 8 rows are to be chosen, 0 can be"):
+        trainer.step(0, block)
 
 
 def test_rho_keeps_the_rows_with_the_highest_reducible_loss() -> None:

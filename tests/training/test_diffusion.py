@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from curation.training.diffusion import Diffusion, DiffusionSpec, linear_betas, sigmoid_betas
+from curation.training.diffusion import Diffusion, DiffusionSpec, decay_at, linear_betas, sigmoid_betas
 
 SPEC = DiffusionSpec(
     image_size=8,
@@ -82,6 +82,14 @@ def test_a_model_of_one_colour_paints_in_that_colour() -> None:
         for model in (trained(spec, images, steps=0), trained(spec, images, steps=150))
     ]
     assert apart[1] < 40 < apart[0]
+
+
+def test_the_average_is_the_weights_themselves_at_first_and_remembers_ever_longer() -> None:
+    assert [decay_at(step, most=0.995) for step in (1, 10, 100)] == [0, 0, 0]
+    assert decay_at(107, most=0.995) == pytest.approx(0.75) and decay_at(163, most=0.995) == pytest.approx(15 / 16)
+    assert decay_at(10_000, most=0.995) == 0.995 and decay_at(163, most=0.5) == 0.5
+    state = trained(SPEC, IMAGES, steps=2).state_dict()
+    assert all(torch.equal(state["averaged"][name], weight) for name, weight in state["network"].items())
 
 
 def test_samples_come_from_the_averaged_weights_which_follow_every_second_step() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.training.schedules import one_cycle, step_decay, warmup_cosine
+from curation.training.schedules import one_cycle, rate_factor, step_decay, warmup_cosine
 
 
 def test_warm_up_is_linear_then_half_a_cosine_then_a_linear_cooldown() -> None:
@@ -51,3 +51,9 @@ def test_one_cycle_rises_from_a_25th_and_falls_to_almost_nothing() -> None:
 def test_a_progress_beyond_the_run_is_refused(schedule: Callable[[float], float]) -> None:
     with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got 1.1"):
         schedule(1.1)
+
+
+def test_a_schedule_is_known_by_its_name() -> None:
+    assert rate_factor("cosine", 0.1, warmup=0.2) == pytest.approx(0.5)
+    assert [rate_factor("step", at, warmup=0.2) for at in (0.1, 0.6, 0.9)] == [1.0, 0.1, 0.01]
+    assert rate_factor("one-cycle", 0.15) == pytest.approx(0.52)
