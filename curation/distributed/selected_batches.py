@@ -149,6 +149,8 @@ class SelectedBatches:
             if self._notes is not None:
                 step_log.write_part(self.recipe.output, "steps", self._steps)
                 step_log.merge(self.recipe.output, "steps")
+        if self._rank:
+            self._held.close()  # still joined to rank 0's Ray when that ends, a process is ended with it
         barrier()
         self._end()
 

@@ -85,8 +85,12 @@ def head_gradient_norms(residual_nC: Tensor, input_nF: Tensor) -> Tensor:
 
 
 def head_gradient_products(residual_nC: Tensor, input_nF: Tensor, gradient_CF: Tensor) -> Tensor:
-    """Inner products (n,) of the rows' head gradients with one gradient."""
-    return ((input_nF @ gradient_CF.T) * residual_nC).sum(dim=1)
+    """Inner products (n,) float32 of the rows' head gradients with one gradient.
+
+    In float64: in float32 the last bits of a row hang on how many rows stand beside it, and by them a pool is cut.
+    """
+    seen_nC = input_nF.double() @ gradient_CF.double().T
+    return (seen_nC * residual_nC.double()).sum(dim=1).float()
 
 
 def head_gram(residual_nC: Tensor, input_nF: Tensor) -> Tensor:

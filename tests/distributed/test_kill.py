@@ -156,7 +156,8 @@ sys.exit(curate.main(sys.argv[1:]))
 """A task for each bucket, each slow enough to be caught in the middle."""
 BUCKETS = {"exact_rows": 60, "bucket_rows": 30}
 STEPS = [
-    {"method": {"name": "semantic_dedup", "min_cosine": 0.9, **BUCKETS}},
+    # Pictures of noise are near one another to a random model: nine in ten have no neighbour as near as this.
+    {"method": {"name": "semantic_dedup", "min_cosine": 0.995, **BUCKETS}},
     {"method": {"name": "coreset", **BUCKETS}, "keep": 40},
 ]
 
@@ -176,26 +177,21 @@ def test_a_run_killed_in_the_middle_of_its_buckets_has_the_survivors_of_one_that
     chosen = ["--selection", json.dumps(STEPS), "--write.no-tars"]
     assert curate.main([*arguments(pool, tmp_path / "whole", actors=1, mode="fused"), *chosen]) == 0
     killed = [*arguments(pool, tmp_path / "killed", actors=1, mode="fused"), *chosen]
-    ends: dict[Path, int] = {}
-    for verdicts in (0, 1):  # first amid the duplicates' buckets, then amid the coreset's
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_BUCKETS, *killed],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        done: set[Path] = set()
-        wait_for(
-            lambda verdicts=verdicts, done=done: len(decided(tmp_path / "killed", done)) >= 2 and len(done) == verdicts,
-            process,
-        )
-        process.kill()
-        process.communicate()
-        here = decided(tmp_path / "killed", done)
-        assert len(done) == verdicts and len(here) >= 2
-        assert all(path.stat().st_mtime_ns == end for path, end in ends.items())
-        ends |= {path: path.stat().st_mtime_ns for path in here}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUCKETS, *killed],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    done: set[Path] = set()  # the verdict on duplicates is there, the coreset's is not
+    wait_for(lambda: len(decided(tmp_path / "killed", done)) >= 2 and len(done) == 1, process)
+    process.kill()
+    process.communicate()
+    here = decided(tmp_path / "killed", done)
+    assert len(done) == 1 and len(here) >= 2
+    verdict = next(iter(done)) / "begins.npy"
+    ends = {path: path.stat().st_mtime_ns for path in (*here, verdict)}
     monkeypatch.setattr(bucket_select, "ROWS_PER_RUN", 1)
     assert curate.main(killed) == 0
     assert all(path.stat().st_mtime_ns == end for path, end in ends.items())

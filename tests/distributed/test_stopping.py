@@ -67,8 +67,8 @@ def test_sigterm_while_ray_starts_is_a_stop_like_any_other(small_pool: Path, tmp
 
 
 def commands_of(session: int) -> str:
-    """The command lines of a session's processes."""
-    return subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True).stdout
+    """The command lines of a session's processes, however long."""
+    return subprocess.run(["ps", "-ww", "-o", "args=", "-s", str(session)], capture_output=True, text=True).stdout
 
 
 def test_in_another_thread_a_block_changes_no_handler() -> None:
