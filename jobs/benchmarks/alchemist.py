@@ -10,6 +10,8 @@ features that no rule saw, and by the junk in them. Claims and controls of the s
     A-c2  Eq. 6 against Eq. 9; A-c3 the group head; A-c5 mode code against clean: Spearman of ratings, and distance
     A-c4  bounds: random, and all junk removed by its label
 
+Beside the ratings stand numbers of the image alone, the straw men among them: clarity, colourfulness, edge density.
+
 Each (seed, way to teach) is written when it is done and not done again. Settings were fixed before any figure was seen:
 proxy of width 48, 64 codes, learning rate 3e-3, 10 epochs of 10 steps of 2 x 32 rows, g from 1.0 by 0.03 an epoch.
 """
@@ -33,8 +35,9 @@ from curation.numerics.percentiles import inclusion, percentiles, sorted_sample
 from curation.training.rater import Collapsed, RaterSpec, Rows
 from curation.training.rater_dynamics import dynamics
 from curation.training.rater_run import ProxySpec, RaterRun, RaterShape, Split, ratings_of, row_losses
-from jobs.benchmarks.alchemist_pools import CHAOTIC, KINDS, NEAR, PLAIN, REAL, Part, Study, study_of
+from jobs.benchmarks.alchemist_pools import CHAOTIC, FACTS, KINDS, NEAR, PLAIN, REAL, Part, Study, study_of
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.straw_men import AESTHETIC, CLARITY
 
 KEEPS = (0.2, 0.5)
 TEACH: dict[str, Any] = {"epochs": 10, "steps_per_epoch": 10, "learning_rate": 3e-3}
@@ -197,7 +200,9 @@ def _judged(study: Study, rated: Mapping[str, np.ndarray], *, seed: int) -> dict
             draws.append({**_subset(pool, chosen, reference), "inclusion": _inclusion(percentile, chosen)})
         return _mean(draws)
 
-    scores = {**rated, "edge density": -pool.facts[:, 1], "PNG bytes": -pool.facts[:, 0]}
+    facts = dict(zip(FACTS, pool.facts.T, strict=True))
+    straw_men = {name: facts[name] for name in (CLARITY, AESTHETIC)}
+    scores = {**rated, **straw_men, "edge density": -facts["edge_density"], "PNG bytes": -facts["png_bytes"]}
     selections = {
         way: {f"{keep:.0%}": {name: judge(rating, keep, of) for name, of in SELECTORS.items()} for keep in KEEPS}
         for way, rating in scores.items()
@@ -210,7 +215,6 @@ def _judged(study: Study, rated: Mapping[str, np.ndarray], *, seed: int) -> dict
         oracle[f"{keep:.0%}"] = _mean(
             [_subset(pool, rng.choice(is_real, size, replace=False), reference) for _ in range(DRAWS)]
         )
-    facts = dict(zip(("png_bytes", "edge_density", "luminance"), pool.facts.T, strict=True))
     return {
         "separation": {way: separation(rating, pool.kind) for way, rating in scores.items()},
         "selections": selections,

@@ -30,8 +30,9 @@ from curation.numerics.percentiles import percentiles, sorted_sample
 from curation.training.rater import losses
 from curation.training.rater_run import ProxySpec, Split, make_proxy, prepared, row_losses
 from jobs.benchmarks.alchemist import HELD_OUT, KEEPS, interval, once, taught, text
-from jobs.benchmarks.alchemist_pools import REAL, Source, Study, study_of
+from jobs.benchmarks.alchemist_pools import FACTS, REAL, Source, Study, study_of
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.straw_men import AESTHETIC, CLARITY
 
 SOURCES: tuple[Source, ...] = ("real", "mixed", "rendered")
 MODELS = {
@@ -110,6 +111,9 @@ def _arms(study: Study, rated: Mapping[str, np.ndarray], *, seed: int, epochs: i
         yield f"random {share}", Arm(rng.choice(whole, same, replace=False), steps_of(whole[:same]))
         real = np.flatnonzero(kind == REAL)
         yield f"no junk {share}", Arm(rng.choice(real, min(same, len(real)), replace=False), steps_of(whole[:same]))
+        for name in (CLARITY, AESTHETIC):  # straw men: the top of one number
+            score = study.pool.facts[:, FACTS.index(name)]
+            yield f"top {name} {share}", Arm(np.argsort(-score, kind="stable")[:same], steps_of(whole[:same]))
         if "clean" in rated:
             yield f"top-k {share}", chosen("clean", keep, "top")
         for way in rated:

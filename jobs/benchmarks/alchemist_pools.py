@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from curation.models.frozen import load_frozen
 from curation.numerics.picture import edge_density
 from jobs.benchmarks.real_data import RESNET20, real_data
+from jobs.benchmarks.straw_men import AESTHETIC, CLARITY, measured
 from jobs.demo_scenes import make_pairs
 
 REAL, PLAIN, CHAOTIC, NEAR = "real", "plain", "chaotic", "near_duplicate"
@@ -52,10 +53,13 @@ FULL = Sizes((1_200, 400, 400, 80), (346, 115, 115, 24), 600, 1_000)
 TINY = Sizes((120, 40, 40, 8), (36, 12, 12, 4), 32, 64)
 
 
+FACTS = ("png_bytes", "edge_density", "luminance", CLARITY, AESTHETIC)
+"""Numbers of an image alone. The last two are straw men; the third, `match`, wants captions, which are not here."""
+
+
 class Part(NamedTuple):
     """n images: what the rater sees (n, F), what the proxy sees (n, G), what judges see (n, H), each image's kind (n,),
-    and bytes as a PNG, edge density and mean luminance (n, 3). A rater sees the pool alone, judges also the test set:
-    elsewhere these are (0, 0)."""
+    and its FACTS (n, 5). A rater sees the pool alone, judges also the test set: elsewhere these are (0, 0)."""
 
     seen: np.ndarray
     pixels: np.ndarray
@@ -148,9 +152,7 @@ def _featured(
             pixels=pixels.embed(images).astype(np.float16),
             judged=_of_each(judged.embed, np.array_split(images, -(-len(images) // 256)) if is_judged else []),
             kind=np.repeat(KINDS, counts),
-            facts=np.array(
-                [[_png_bytes(i), edge_density(np.asarray(i.convert("L"))), np.asarray(i).mean() / 255] for i in opened]
-            ),
+            facts=np.array([_facts(image) for image in opened]),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".partial.npz"), **part._asdict())
@@ -187,6 +189,16 @@ def small_mobilenet() -> Callable[[Image.Image], np.ndarray]:
 def _of_each(embed: Callable[[Any], np.ndarray], batches: Sequence[Any]) -> np.ndarray:
     """What `embed` makes of each batch, in a row; (0, 0) of none."""
     return np.concatenate([embed(batch) for batch in batches]) if len(batches) else np.zeros((0, 0), np.float32)
+
+
+def _facts(image: Image.Image) -> tuple[float, ...]:
+    """FACTS of an RGB image."""
+    return (
+        _png_bytes(image),
+        edge_density(np.asarray(image.convert("L"))),
+        float(np.asarray(image).mean() / 255),
+        *measured(image),
+    )
 
 
 def _png_bytes(image: Image.Image) -> int:

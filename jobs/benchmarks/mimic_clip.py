@@ -49,7 +49,7 @@ from jobs.demo_pool import make_pool
 from jobs.demo_reference import LEARNING_RATE, MODEL, WARMUP, load_pairs
 
 LAYER = "visual.transformer.resblocks.3.mlp"
-MIMIC_TEMPERATURES, RHO_TEMPERATURES = (0.03, 0.1, 0.3), (0.3, 1.0)
+MIMIC_TEMPERATURES, RHO_TEMPERATURES = (0.1, 0.3, 1.0, 3.0), (0.3, 1.0, 3.0, 10.0)
 TUNING_SEED = 1000
 OTHER_START = 500
 TOP_SHARE, LOWEST_SHARE = 0.3, 0.15
