@@ -19,8 +19,7 @@ proxy of width 48, 64 codes, learning rate 3e-3, 10 epochs of 10 steps of 2 x 32
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from curation.training.rater_dynamics import dynamics
 from curation.training.rater_run import ProxySpec, RaterRun, RaterShape, Split, ratings_of, row_losses
 from jobs.benchmarks.alchemist_pools import CHAOTIC, FACTS, KINDS, NEAR, PLAIN, REAL, Part, Study, study_of
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.straw_men import AESTHETIC, CLARITY
 
 KEEPS = (0.2, 0.5)
@@ -107,15 +107,6 @@ def _of_seed(seed: int, folder: Path, *, tiny: bool) -> dict[str, dict[str, Any]
     rated = {way: np.array(of["rating"]) for way, of in told.items() if of.get("rating") is not None}
     judged = once(folder / f"{prefix}-judged.json", lambda: _judged(study, rated, seed=seed))
     return {"judged": judged, **told}
-
-
-def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".partial").write_text(json.dumps(make()))
-        os.replace(path.with_suffix(".partial"), path)
-        print(f"{path.stem} done", flush=True)
-    return json.loads(path.read_text())
 
 
 def taught(way: str, study: Study, *, seed: int, tiny: bool) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from curation.methods.alchemist import Alchemist
 from curation.numerics.percentiles import percentiles, sorted_sample
 from curation.training.rater import losses
 from curation.training.rater_run import ProxySpec, Split, make_proxy, prepared, row_losses
-from jobs.benchmarks.alchemist import HELD_OUT, KEEPS, interval, once, taught, text
+from jobs.benchmarks.alchemist import HELD_OUT, KEEPS, interval, taught, text
 from jobs.benchmarks.alchemist_pools import FACTS, REAL, Source, Study, study_of
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.straw_men import AESTHETIC, CLARITY
 
 SOURCES: tuple[Source, ...] = ("real", "mixed", "rendered")

@@ -12,7 +12,6 @@ step. All parts of the study run side by side; what an arm costs by the clock is
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -37,6 +36,7 @@ from jobs.benchmarks.dynamic_runs import BATCH, Arm, Outcome, Pool, Stack, train
 from jobs.benchmarks.dynamic_sets import Found, Rows, factor_seconds, factors_of, pool_of, rows_of
 from jobs.benchmarks.dynamic_tables import BIAS_PENALTIES, LABEL, OURS, show_all, summary
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 
 ROUNDS = 40
 KEEPS = (0.7, 0.5, 0.3, 0.2)
@@ -223,13 +223,7 @@ def _clock(seed: int, size: Size) -> dict[str, Any] | None:
 
 def _kept(size: Size, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     file = size.folder / f"{name}.json"
-    if not file.exists():
-        if time.time() > size.until:
-            return None
-        print(name, flush=True)
-        file.with_suffix(".part").write_text(json.dumps(make()))
-        file.with_suffix(".part").rename(file)
-    return json.loads(file.read_text())
+    return None if time.time() > size.until and not file.exists() else once(file, make)
 
 
 def _measure(task: Task, size: Size) -> dict[str, Any]:

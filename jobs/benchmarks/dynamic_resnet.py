@@ -12,9 +12,9 @@ arms alike. Seconds are those of training, with choosing; what was done beforeha
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from jobs.benchmarks.dynamic_runs import BATCH, Arm, ArmRun, Pool
 from jobs.benchmarks.dynamic_sets import Found, Rows, factors_of, projected
 from jobs.benchmarks.dynamic_tables import LABEL, paired
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.race import interval, show
 from jobs.benchmarks.tracks import TFLITE, real_data
 
@@ -66,11 +67,8 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path) -> dict[str, Any]:
         found = factors_of(images.rows, folder / f"factors-{seed}{suffix}.npz", seed=seed, tiny=tiny)
         for arm in _arms(TINY_KEEPS if tiny else KEEPS):
             file = folder / f"{arm.name.replace(' ', '-')}-{seed}{suffix}.json"
-            if not file.exists():
-                told = _run(arm, images, found, epochs=TINY_EPOCHS if tiny else EPOCHS, seed=seed, device=device)
-                file.with_suffix(".part").write_text(json.dumps(told))
-                file.with_suffix(".part").rename(file)
-            runs.setdefault(arm.name, []).append(json.loads(file.read_text()))
+            run = partial(_run, arm, images, found, epochs=TINY_EPOCHS if tiny else EPOCHS, seed=seed, device=device)
+            runs.setdefault(arm.name, []).append(once(file, run))
     figures = _summary(runs)
     for name, of in figures["arms"].items():
         print(f"{name:<26}{show(of['accuracy'])}   speed {of['in_sample_gradients']:.2f}   {show(of['by_the_clock'])}")
@@ -164,9 +162,9 @@ def _images(file: Path, *, tiny: bool) -> Images:
         stored |= {
             name: np.stack([np.array(image.resize((side, side))) for image in of]) for name, (of, _) in parts.items()
         }
-        partial = file.with_suffix(".part.npz")
-        np.savez(partial, allow_pickle=False, features=_features(parts["train"][0], tiny=tiny), **stored)
-        partial.rename(file)
+        unfinished = file.with_suffix(".part.npz")
+        np.savez(unfinished, allow_pickle=False, features=_features(parts["train"][0], tiny=tiny), **stored)
+        unfinished.rename(file)
     with np.load(file, allow_pickle=False) as stored:
         none, labels = np.zeros(0, np.int64), stored["train_labels"]
         rows = Rows(stored["features"], labels, none, stored["features"][:1], none)

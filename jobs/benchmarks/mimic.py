@@ -11,7 +11,6 @@ reference with its features permuted, random weights of its length, and one trai
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from jobs.benchmarks.mimic_runs import (
 from jobs.benchmarks.mimic_sets import NOT_SHOWN, SETS, ImageSet, image_set
 from jobs.benchmarks.mimic_steps import step_times
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.race import interval, show
 
 TEMPERATURES = (0.3, 1.0, 3.0)
@@ -94,13 +94,12 @@ def _of_seed(name: str, settings: tuple[str, ...], *, seed: int, tiny: bool, fol
     done = {}
     for setting in settings:
         file = folder / f"{name}-{setting}-{seed}{'-tiny' if tiny else ''}.json"
-        if not file.exists():
-            print(f"{name}, {setting}, seed {seed} ...", flush=True)
+
+        def made(setting: str = setting) -> dict[str, Any]:
             found = _measure(parts, setting, num_classes=whole.num_classes, epochs=epochs, seed=seed)
-            found |= {"rows": len(parts.pool.labels_N), "classes": whole.num_classes, "epochs": epochs}
-            file.with_suffix(".part").write_text(json.dumps(found))
-            file.with_suffix(".part").rename(file)
-        done[setting] = json.loads(file.read_text())
+            return found | {"rows": len(parts.pool.labels_N), "classes": whole.num_classes, "epochs": epochs}
+
+        done[setting] = once(file, made)
     return done
 
 

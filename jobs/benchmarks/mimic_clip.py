@@ -16,10 +16,9 @@ Temperatures are chosen once, by the held-out loss of a seed that is not reporte
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +43,7 @@ from curation.training.scoring import embed_rows
 from jobs.benchmarks.dynamic_tables import paired
 from jobs.benchmarks.mimic_runs import auc
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.race import interval, show
 from jobs.demo_pool import make_pool
 from jobs.demo_reference import LEARNING_RATE, MODEL, WARMUP, load_pairs
@@ -96,13 +96,12 @@ class Trained(NamedTuple):
 def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> dict[str, Any]:
     """All figures; a seed that is in `folder` already is not done again. After `hours` no other one is begun."""
     folder, scale, threads = folder / "mimic_clip", TINY if tiny else WHOLE, torch.get_num_threads()
-    folder.mkdir(parents=True, exist_ok=True)
     until, suffix = time.monotonic() + 3600 * hours, "-tiny" if tiny else ""
     torch.set_num_threads(1)
     try:
-        tuned = _kept(folder / f"temperatures{suffix}.json", lambda: _tuned(folder, scale))
+        tuned = once(folder / f"temperatures{suffix}.json", lambda: _tuned(folder, scale))
         done = [
-            _kept(folder / f"seed-{seed}{suffix}.json", lambda seed=seed: _of_seed(folder, scale, seed, tuned))
+            once(folder / f"seed-{seed}{suffix}.json", lambda seed=seed: _of_seed(folder, scale, seed, tuned))
             for seed in range(seeds)
             if time.monotonic() < until or (folder / f"seed-{seed}{suffix}.json").exists()
         ]
@@ -112,14 +111,6 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> d
     _print(figures)
     settings = {**scale._asdict(), "temperatures": tuned, "layer": LAYER, "seeds": len(done)}
     return {**provenance(), "benchmark": "mimic_clip", "tiny": tiny, "settings": settings, **figures}
-
-
-def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not file.exists():
-        print(file.stem, flush=True)
-        file.with_suffix(".part").write_text(json.dumps(make()))
-        file.with_suffix(".part").rename(file)
-    return json.loads(file.read_text())
 
 
 def _tuned(folder: Path, scale: Scale) -> dict[str, float]:

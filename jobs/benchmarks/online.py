@@ -20,10 +20,10 @@ place of the forward passes, sub-batches per second served by 1 to 8 scoring act
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from curation.recipe.train import LowResolution
 from jobs import demo_tasks
 from jobs.benchmarks.online_pools import POOLS
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.race import interval, show
 from jobs.benchmarks.tracks import Track, demo_size, demo_track
 from jobs.demo_race import NUM_STEPS
@@ -103,7 +104,9 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = 
         ends: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for seed in range(seeds):  # one after the other, so that a study that is cut short has all arms
             for name in names:
-                ends[name].append(_end(on, folder, name, tiny=tiny, num_steps=num_steps, seed=seed))
+                of = {"tiny": tiny, "num_steps": num_steps, "seed": seed}
+                note = folder / "online" / f"{'tiny-' if tiny else ''}{_file_name(name)}-{seed}.json"
+                ends[name].append(once(note, partial(_end, on, folder, name, **of)))
     with cluster(num_cpus=max(ACTORS)):
         served = throughput((1, 2) if tiny else ACTORS, steps=6 if tiny else SERVED_STEPS)
     figures = _figures(ends)
@@ -120,19 +123,24 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = 
     }
 
 
+def _file_name(arm: str) -> str:
+    return arm.replace(", ", "-").replace(" ", "-")
+
+
 def _end(on: Track, folder: Path, name: str, *, tiny: bool, num_steps: int, seed: int) -> dict[str, float]:
     """How one run ended, and what its steps cost; shares in [0, 1], seconds and FLOPs."""
     arm = ARMS[name]
-    output = folder / "online" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    output = folder / "online" / f"{_file_name(name)}-{seed}"
     recipe = on.run(output, method=arm.method, filter_ratio=arm.filter_ratio, num_steps=num_steps, seed=seed)
     recipe = POOLS[arm.pool](recipe, folder, num_pairs=demo_size(tiny=tiny).pairs)
     for change in arm.changes:
         recipe = change(recipe)
-    print(f"{name}, seed {seed} ...", flush=True)
     if failures := train(TrainRecipe.model_validate(recipe.model_dump())).failures:
         raise RuntimeError(f"{name}, seed {seed}: {failures[0]}")
     evaluations = pq.read_table(output / "train" / "evaluations.parquet")
     steps = pq.read_table(output / "train" / "steps.parquet")
+    towers = load_towers(recipe.learner.model, checkpoint=learner_url(recipe.output))
+    num_scenes = 20 if tiny else demo_tasks.NUM_SCENES
 
     def median(column: str) -> float:
         return statistics.median(steps[column].to_pylist())
@@ -143,17 +151,8 @@ def _end(on: Track, folder: Path, name: str, *, tiny: bool, num_steps: int, seed
         "seconds_per_step": median("step_seconds"),
         "idle_share": median("seconds_wait") / median("step_seconds"),
         "junk_share": float(np.mean(steps["junk_share"].to_pylist()[len(steps) // 2 :])),
-        **_tasks(recipe, output / "tasks.json", num_scenes=20 if tiny else demo_tasks.NUM_SCENES),
+        **{task: demo_tasks.score(towers, task, num_scenes=num_scenes).accuracy for task in demo_tasks.TASKS},
     }
-
-
-def _tasks(recipe: TrainRecipe, note: Path, *, num_scenes: int) -> dict[str, float]:
-    """The learner's accuracy by task."""
-    if not note.exists():
-        towers = load_towers(recipe.learner.model, checkpoint=learner_url(recipe.output))
-        scores = {task: demo_tasks.score(towers, task, num_scenes=num_scenes) for task in demo_tasks.TASKS}
-        note.write_text(json.dumps({task: found.accuracy for task, found in scores.items()}))
-    return json.loads(note.read_text())
 
 
 def _figures(ends: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -15,8 +15,6 @@ those of the specification; nothing is fitted to these pools.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from curation.evaluation.compare import Reference
 from curation.methods import load_selector
 from curation.numerics.intervals import t_interval
 from jobs.benchmarks.pairs import provenance
+from jobs.benchmarks.parts import once
 from jobs.benchmarks.subset_pools import (
     CLEAN,
     NEAR,
@@ -144,8 +143,8 @@ def picked(pool: StudyPool, indices: np.ndarray) -> dict[str, float]:
 
 def _cell(track: str, number: int, *, share: float, budget: float, folder: Path, tiny: bool) -> dict[str, Any]:
     """The figures of one pool at one setting."""
-    path = folder / track / f"{'tiny-' if tiny else ''}{number}-outliers{share:g}-budget{budget:g}.json"
-    if not path.exists():
+
+    def made() -> dict[str, Any]:
         if track == "planted":
             pool = point_pool(number)
         else:
@@ -153,11 +152,9 @@ def _cell(track: str, number: int, *, share: float, budget: float, folder: Path,
             others = [other for other in range(2 if tiny else NUM_POOLS) if other != number]
             pool = image_pool(image_parts(track, number, pairs, tiny=tiny), outlier_share=share, seed=number)
             pool = matched(pool, [image_parts(track, other, pairs, tiny=tiny)[CLEAN] for other in others])
-        told = judge(pool, keep=round(budget * len(pool.kind)), seed=number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".partial").write_text(json.dumps(told))
-        os.replace(path.with_suffix(".partial"), path)
-    return json.loads(path.read_text())
+        return judge(pool, keep=round(budget * len(pool.kind)), seed=number)
+
+    return once(folder / track / f"{'tiny-' if tiny else ''}{number}-outliers{share:g}-budget{budget:g}.json", made)
 
 
 def _say(track: str, share: float, budget: float, told: dict[str, Any]) -> None:
