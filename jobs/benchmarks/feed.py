@@ -33,7 +33,7 @@ TARGET = 1.15
 
 def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
     """All figures of this benchmark; `shards` defaults to a demo pool made for it."""
-    batch, steps = (16, 6) if tiny else (BATCH, STEPS)
+    workers, batch, steps = (1, 16, 6) if tiny else (WORKERS, BATCH, STEPS)
     with tempfile.TemporaryDirectory(prefix="curation-bench-") as name:
         folder = Path(name)
         pattern = (
@@ -46,11 +46,13 @@ def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
         runs: dict[str, list[float]] = {"ours": [], "loop": []}
 
         def ours() -> float:
-            runs["ours"].append(_ours(folder, number=len(runs["ours"]), batch=batch, steps=steps))
+            runs["ours"].append(_ours(folder, number=len(runs["ours"]), workers=workers, batch=batch, steps=steps))
             return runs["ours"][-1]
 
         def loop() -> float:
-            runs["loop"].append(_loop(pattern, folder, number=len(runs["loop"]), batch=batch, steps=steps))
+            runs["loop"].append(
+                _loop(pattern, folder, number=len(runs["loop"]), workers=workers, batch=batch, steps=steps)
+            )
             return runs["loop"][-1]
 
         ratio = paired_ratio(interleaved(ours, loop, pairs=pairs))
@@ -60,7 +62,7 @@ def benchmark(*, shards: str | None, pairs: int, tiny: bool) -> dict[str, Any]:
     return {
         **provenance(),
         "benchmark": "feed",
-        "workers": WORKERS,
+        "workers": workers,
         "batch": batch,
         "ratio": {**ratio._asdict(), "target": TARGET, "outcome": outcome},
         **runs,
@@ -73,14 +75,14 @@ def _cache(pattern: str, run: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def _ours(folder: Path, *, number: int, batch: int, steps: int) -> float:
+def _ours(folder: Path, *, number: int, workers: int, batch: int, steps: int) -> float:
     output = folder / f"train-{number}"
     recipe = TrainRecipe(
         data=Data(run=str(folder / "run")),
         learner=Weights(model="nano", seed=1),
         method={"name": "uniform"},
         train=Train(num_steps=steps, sub_batch=batch, filter_ratio=0.0, objective="softmax"),
-        compute=Workers(device="cpu", workers=WORKERS, decode_threads=1),
+        compute=Workers(device="cpu", workers=workers, decode_threads=1),
         output=str(output),
         checkpoint_every=steps,
     )
@@ -91,16 +93,16 @@ def _ours(folder: Path, *, number: int, batch: int, steps: int) -> float:
     return _steady(seconds)
 
 
-def _loop(pattern: str, folder: Path, *, number: int, batch: int, steps: int) -> float:
+def _loop(pattern: str, folder: Path, *, number: int, workers: int, batch: int, steps: int) -> float:
     store = folder / f"store-{number}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "jobs.benchmarks.feed", "loop", pattern, str(store), str(batch), str(steps)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(WORKERS), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(WORKERS)
+        for rank in range(workers)
     ]
     said = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):

@@ -81,10 +81,16 @@ def test_feed_races_two_loops_over_the_same_shards(tmp_path: Path) -> None:
     assert len(figures["ours"]) == len(figures["loop"]) == 1 and figures["ratio"]["median"] > 0
 
 
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo's pool is made once, for every benchmark that runs on it."""
+    return tmp_path_factory.mktemp("demo")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> None:
-    figures = tiny("race", tmp_path, "--folder", str(tmp_path / "race"))
+def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path, demo_folder: Path) -> None:
+    figures = tiny("race", tmp_path, "--folder", str(demo_folder))
     assert {name: arm["method"] for name, arm in figures["arms"].items()} == {
         "jest": "jest",
         "uniform": "uniform",
@@ -96,14 +102,14 @@ def test_race_measures_every_arm_on_the_same_held_out_pairs(tmp_path: Path) -> N
     # 8/3 of JEST's steps pay its scoring; the reference and its cache come on top.
     assert steps["uniform equal flops"] > 8 / 3 * steps["jest"]
     assert all(0 <= figures["end"][name]["mean"] <= 1 for name in steps)
-    assert (tmp_path / "race" / "demo" / "race.png").exists()
+    assert (demo_folder / "demo" / "race.png").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_online_measures_arms_by_retrieval_by_tasks_and_by_what_they_cost(tmp_path: Path) -> None:
+def test_online_measures_arms_by_retrieval_by_tasks_and_by_what_they_cost(tmp_path: Path, demo_folder: Path) -> None:
     names = ["flexi", "curated set"]
-    figures = tiny("online", tmp_path, "--folder", str(tmp_path / "race"), "--arms", *names)
+    figures = tiny("online", tmp_path, "--folder", str(demo_folder), "--arms", *names)
     assert list(figures["arms"]) == names
     for arm in figures["arms"].values():
         assert all(0 <= arm[of]["mean"] <= 1 for of in ("metric", "idle_share", *TASKS))

@@ -20,7 +20,7 @@ from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
 from curation.recipe.columns import FactorsRecipe
 from curation.recipe.train import Data, Remember, Train, Weights, Workers
 from tests.distributed.conftest import WriteShard
-from tests.distributed.test_train import checkpoints, ledger_of, log, start, wait_for
+from tests.distributed.test_train import checkpoints, go_on, ledger_of, log, start, wait_for
 
 STEPS, BATCH = 24, 24  # 236 rows: a round at 0.5 has 5 steps
 
@@ -115,15 +115,14 @@ def test_the_rounds_are_those_of_a_plain_loop_over_the_whole_pool(unstopped: Pat
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_rounds_of_one_never_stopped(
-    recipe_for: Callable[..., TrainRecipe], unstopped: Path, tmp_path: Path
+    recipe_for: Callable[..., TrainRecipe], unstopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     process = start(recipe_for(output, method=DYNAMIC, workers=2), tmp_path)
     wait_for(lambda: len(checkpoints(output)) >= 1, process)
     process.kill()
     process.communicate()
-    said, _ = (again := start(recipe_for(output, method=DYNAMIC, workers=2), tmp_path)).communicate(timeout=300)
-    assert again.returncode == 0, said
+    go_on(recipe_for(output, method=DYNAMIC, workers=2), tmp_path, capsys)
     assert rounds_of(output) == rounds_of(unstopped)
     assert log(output)["loss"].to_pylist() == log(unstopped)["loss"].to_pylist()
     whole, other = (ledger_of(recipe_for(path, method=DYNAMIC)) for path in (output, unstopped))

@@ -254,9 +254,19 @@ def unstopped(
     return output
 
 
+def go_on(recipe: TrainRecipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The same command again, in this process, whose Ray is there already; what it said."""
+    file = folder / "again.json"
+    file.write_text(recipe.model_dump_json())
+    code = job.main([str(file)])
+    told = capsys.readouterr()
+    assert code == 0, told
+    return told.out + told.err
+
+
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_to_the_curve_of_a_run_never_stopped(
-    long_recipe: Callable[..., TrainRecipe], unstopped: Path, tmp_path: Path
+    long_recipe: Callable[..., TrainRecipe], unstopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = long_recipe(tmp_path / "out")
     process = start(recipe, tmp_path)
@@ -265,8 +275,7 @@ def test_a_killed_driver_goes_on_to_the_curve_of_a_run_never_stopped(
     process.communicate()
     assert not (tmp_path / "out" / "train" / "summary.json").exists()
     before = checkpoints(tmp_path / "out")
-    said, _ = (again := start(recipe, tmp_path)).communicate(timeout=TIMEOUT_S)
-    assert again.returncode == 0, said
+    said = go_on(recipe, tmp_path, capsys)
     assert before and f"{int(before[-1][5:])} steps done before" in said
     same = ["step", "loss", "learnability", "effective_clusters", "samples_loaded", "flops"]
     assert log(tmp_path / "out").select(same).equals(log(unstopped).select(same))
@@ -274,7 +283,7 @@ def test_a_killed_driver_goes_on_to_the_curve_of_a_run_never_stopped(
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_each_sample_is_offered_once_a_round_by_two_and_by_three_workers(
-    long_recipe: Callable[..., TrainRecipe], tmp_path: Path
+    ray_session: None, long_recipe: Callable[..., TrainRecipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 9 steps of 24 rows, then 9 more: 216 of 236 rows, so none is offered twice.
     fields = {"num_steps": 9, "sub_batch": 12}
@@ -288,8 +297,7 @@ def test_a_killed_worker_is_replaced_and_each_sample_is_offered_once_a_round_by_
     process.kill()
     process.communicate()
     three = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"workers": 3})})
-    said, _ = (again := start(three, tmp_path)).communicate(timeout=TIMEOUT_S)
-    assert again.returncode == 0, said
+    go_on(three, tmp_path, capsys)
     assert log(tmp_path / "out")["step"].to_pylist() == list(range(1, 10))
     ledger = ledger_of(recipe)
     assert ledger.known("score") == 216 and ledger.usage_histogram()[1] == 108
