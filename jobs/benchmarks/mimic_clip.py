@@ -8,7 +8,8 @@ function), random weights as far away, plain training's own end, and the softmax
     G-7   steps to the plain run's last held-out loss (its plain loss, on clean pairs that nobody trains on), from
           where on it is never above it again
     G-8   plain training on the top 30% by clip score, and on those without the lowest 15% by mean mimic score
-    G-9   AUC of one scoring of the pool, matching against mismatched pairs
+    G-9   AUC of one scoring of the pool, matching against mismatched pairs; also where it can be seen whole, on two
+          small towers (`mimic_towers`)
 
 Temperatures are chosen once, by the held-out loss of a seed that is not reported.
 """
@@ -40,6 +41,7 @@ from curation.training.contrastive_learner import ContrastiveLearner, Reference
 from curation.training.mimic import layer_of
 from curation.training.online_step import OnlineSettings, OnlineTrainer
 from curation.training.scoring import embed_rows
+from jobs.benchmarks import mimic_towers
 from jobs.benchmarks.dynamic_tables import paired
 from jobs.benchmarks.mimic_runs import auc
 from jobs.benchmarks.pairs import provenance
@@ -105,9 +107,12 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> d
             for seed in range(seeds)
             if time.monotonic() < until or (folder / f"seed-{seed}{suffix}.json").exists()
         ]
+        towers = [
+            once(folder / f"towers-{seed}.json", lambda seed=seed: mimic_towers.aucs(seed)) for seed in range(seeds)
+        ]
     finally:
         torch.set_num_threads(threads)
-    figures = _summary(done)
+    figures = {**_summary(done), "auc_of_two_towers": mimic_towers.summary(towers)}
     _print(figures)
     settings = {**scale._asdict(), "temperatures": tuned, "layer": LAYER, "seeds": len(done)}
     return {**provenance(), "benchmark": "mimic_clip", "tiny": tiny, "settings": settings, **figures}
@@ -403,6 +408,9 @@ def _print(figures: dict[str, Any]) -> None:
     for name, found in figures["filters"].items():
         fewer = f"R@1 minus clip score's {show(found['r1_minus_clip_score'])}"
         print(f"  {name:<24}{show(found['samples'])} samples   R@1 {show(found['mean_r1'])}   {fewer}")
+    for began, found in figures["auc_of_two_towers"].items():
+        told = ", ".join(f"after {steps} steps {show(of)}" for steps, of in found.items())
+        print(f"AUC of two towers, reference's start {began}: {told}")
     print("AUC, mean scores: " + ", ".join(f"{name} {show(of)}" for name, of in figures["auc"].items()))
     for when, of in figures["auc_of_one_scoring"].items():
         print(f"AUC, {when}: " + ", ".join(f"{name} {show(found)}" for name, found in of.items()))
