@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from curation.data import images
+from curation.data.drop_reasons import DROP_REASONS
 from curation.data.images import (
     MAX_PYTHON_PIXELS,
     PILLOW_MAX_PIXELS,
@@ -26,7 +27,7 @@ from curation.data.images import (
     open_image,
     pixels,
 )
-from curation.data.shards import DROP_REASONS, ReadRules, ShardReader
+from curation.data.shards import ReadRules, ShardReader
 
 MAX_PIXELS = 50_000_000
 

@@ -19,16 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.data import shards
-from curation.data.shards import (
-    DROP_REASONS,
-    WARNINGS,
-    ReadRules,
-    Sample,
-    ShardReader,
-    read_sample_members,
-    shard_name,
-    split_name,
-)
+from curation.data.drop_reasons import DROP_REASONS, WARNINGS
+from curation.data.shards import ReadRules, Sample, ShardReader, read_sample_members, shard_name, split_name
 
 URL = "memory://pool/part/00000.tar"
 SPARSE = b"sparse"
