@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from curation import methods
 from curation.columns import FORMAT_VERSION
 from curation.data.cached_embeddings import LAYOUTS
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.recipe import (
     Audit,
     Balance,

@@ -10,7 +10,7 @@ from torch import nn
 
 from curation.columns import JSON_PREFIX
 from curation.data.held_out import HeldOut, held_out_of_run, read_held_out
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
 from curation.distributed.feed import LOW_PIXELS
 from curation.models.classifier import Classifier, build_classifier

@@ -10,7 +10,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from curation.columns import FORMAT_VERSION
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.methods import load_selector
 from curation.selector import Selector
 

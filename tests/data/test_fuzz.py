@@ -23,7 +23,8 @@ from PIL import Image
 
 from curation.data.drop_reasons import DROP_REASONS, WARNINGS
 from curation.data.images import FORMATS, ImageError, fast_pixels, pixels
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 from curation.models.resize import FastResize, Resize, load_resize
 
 MINUTES = float(os.environ.get("CURATION_FUZZ_MINUTES", "0"))

@@ -13,7 +13,7 @@ import torch
 from curation.addresses import pack
 from curation.data import tables
 from curation.data.offered import OfferedShard
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed.feed import FeedSpec
 from curation.distributed.round_selection import RoundFeed, UsageBroken
 from curation.recipe import TrainRecipe

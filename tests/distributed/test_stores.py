@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.data import manifest, storage, tables
+from curation.data.read_rules import ReadRules
 from curation.data.rows import read_rows
-from curation.data.shards import ReadRules
 from curation.distributed.embed import ShardEmbed
 from curation.distributed.pipeline import curate
 from curation.distributed.train import learner_url, train
