@@ -32,7 +32,7 @@ from curation.recipe import (
 from curation.recipe.curate import CachedLayout
 from curation.recipe.guards import Decontaminate, Exclude, Holdout
 from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
-from curation.recipe.train import Train
+from curation.recipe.train_parts import Train
 
 CLIP = {"name": "clip_score"}
 FILLED = CurateRecipe(

@@ -18,7 +18,7 @@ from curation.models.clip import ClipNetwork, Precision, build_network, load_tow
 from curation.models.flexi import native_patch_size
 from curation.models.resize import load_resize
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Weights
+from curation.recipe.parts import Weights
 from curation.training.classifier_learner import ClassifierLearner
 from curation.training.contrastive_learner import ContrastiveLearner, LowView, Reference
 from curation.training.learner import Learner
