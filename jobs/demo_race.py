@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Data, Evaluate, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Evaluate, Train, Workers
 from jobs.demo_pool import DemoPool
 from jobs.demo_reference import LEARNING_RATE, MODEL, WARMUP
 from jobs.demo_scenes import make_pairs

@@ -13,8 +13,9 @@ from curation.recipe.columns import EmbeddingsRecipe, FactorsRecipe, FeaturesRec
 from curation.recipe.evaluate import STRAW_MEN, DiffusionRecipe, Generator, HeldOutRecipe, SubsetRecipe
 from curation.recipe.made_columns import Language
 from curation.recipe.nightly import NightlyRecipe
+from curation.recipe.parts import Weights
 from curation.recipe.rater import Proxy, RaterNetwork, RaterRecipe, RatingsRecipe, Teach
-from curation.recipe.train import LowResolution, Remember, Train, Weights, Workers
+from curation.recipe.train_parts import LowResolution, Remember, Train, Workers
 
 CLIP_B32 = Embed(model="ViT-B-32", pretrained="laion2b_s34b_b79k", batch_size=512)
 CLIP_L14 = Embed(model="ViT-L-14", pretrained="datacomp_xl_s13b_b90k", batch_size=256)

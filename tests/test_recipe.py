@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from curation import methods
 from curation.columns import FORMAT_VERSION
 from curation.data.cached_embeddings import LAYOUTS
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.recipe import (
     Audit,
     Balance,
@@ -32,7 +32,7 @@ from curation.recipe import (
 from curation.recipe.curate import CachedLayout
 from curation.recipe.guards import Decontaminate, Exclude, Holdout
 from curation.recipe.made_columns import Clusters, EmbeddingHead, Language
-from curation.recipe.train import Train
+from curation.recipe.train_parts import Train
 
 CLIP = {"name": "clip_score"}
 FILLED = CurateRecipe(

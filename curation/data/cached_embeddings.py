@@ -23,7 +23,8 @@ import numpy as np
 
 from curation.data import metadata, open_shard, storage
 from curation.data.parquet_shards import ParquetReader, row_range
-from curation.data.shards import ReadRules, Sample
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample
 
 MAX_DIM = 1 << 16
 _CLIP_RETRIEVAL = re.compile(r"(?P<root>.*/|)metadata/metadata_(?P<part>\d+)\.parquet(?P<query>\?.*)?", re.S)

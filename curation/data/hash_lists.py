@@ -24,7 +24,7 @@ from curation.data import manifest, storage
 from curation.data.mapped import mapped_arrays
 from curation.data.parquet_columns import as_uid, find_name
 from curation.data.parquet_shards import opened_file
-from curation.data.shards import ListKind
+from curation.data.read_rules import ListKind
 from curation.data.storage import ListedShard
 from curation.data.uid_sort import comparable
 

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from curation.data import shard_list, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules, Sample
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample
 from curation.models.resize import Resize
 
 READ_THREADS = 2

@@ -73,7 +73,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class ImageError(Exception):
-    """An image that is refused. `reason` is one of `shards.DROP_REASONS`; width and height if they were read."""
+    """An image that is refused. `reason` is one of `drop_reasons.DROP_REASONS`; width and height if they were read."""
 
     def __init__(self, reason: str, *, size: tuple[int, int] | None = None) -> None:
         super().__init__(reason)

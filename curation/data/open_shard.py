@@ -12,7 +12,9 @@ from curation.data import hash_lists, metadata, parquet_shards, storage
 from curation.data.labels import URL_FIELDS
 from curation.data.metadata import Index
 from curation.data.parquet_shards import ParquetReader
-from curation.data.shards import ListKind, ReadRules, Sample, ShardReader
+from curation.data.read_rules import ListKind, ReadRules
+from curation.data.samples import Sample
+from curation.data.shards import ShardReader
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from curation.data.captions import Choice, choices_of
-from curation.data.shards import Content, ReadRules, caption_of, is_uid, no_image_reason
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Content, caption_of, is_uid, no_image_reason
 
 CAPTION_NAMES = ("txt", "caption", "text")
 KEY_NAMES = ("key", "__key__", "image_path")

@@ -27,8 +27,9 @@ import pyarrow.parquet as pq
 from curation.addresses import MAX_ROWS_PER_SHARD
 from curation.data import storage
 from curation.data.parquet_columns import Layout, check_layout, contents, layout_of
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Content, Sample, sample_of, shard_name
 from curation.data.shard_list import Shard
-from curation.data.shards import Content, ReadRules, Sample, sample_of, shard_name
 from curation.data.storage import ListedShard
 
 ROWS_PER_SHARD = 1 << 17

@@ -16,9 +16,9 @@ from PIL import Image
 
 from curation.data import manifest, shard_list, storage, tables
 from curation.data.images import pixels
+from curation.data.read_rules import ReadRules
 from curation.data.rows import read_rows
 from curation.data.shard_list import Shard
-from curation.data.shards import ReadRules
 
 DECODE_THREADS = 2
 ROWS_AT_A_TIME = 512

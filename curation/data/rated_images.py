@@ -18,8 +18,8 @@ from PIL import Image
 from curation.addresses import row_of, shard_of
 from curation.data import manifest, shard_list, tables
 from curation.data.images import ImageError, pixels
+from curation.data.read_rules import ReadRules
 from curation.data.rows import read_rows
-from curation.data.shards import ReadRules
 from curation.numerics.picture import edge_density
 from curation.numerics.sampling import tie_hash, uid_words
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from curation.data import derived_columns, hash_lists, labels
 from curation.data.json_columns import as_text
 from curation.data.labels import URL_COLUMNS
-from curation.data.shards import ListKind
+from curation.data.read_rules import ListKind
 from curation.numerics import sampling
 
 Nulls = Literal["drop", "keep"]

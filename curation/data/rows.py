@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from curation.data import open_shard, parquet_shards, storage, tables
-from curation.data.shards import ReadRules, Sample, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample
+from curation.data.shards import ShardReader
 
 
 class StaleTable(ValueError):

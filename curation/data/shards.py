@@ -1,14 +1,9 @@
 """A shard -> its samples, each with its uid, bytes and caption, or the reason why it is dropped.
 
 Every sample that was begun is one row, in the order of the tar, so rows and reasons account for the whole file.
-Grouping is open_clip's (`tarfile_to_samples_nothrow`): a member's name is split at the first dot after the last slash
-into key and extension (lower-cased), adjacent members with the same key are one sample, and a repeated extension begins
-the next one.
-
-No sample, and no break between the members of one: names without key or extension (directories, `.hidden`, AppleDouble
-`._x`), webdataset's meta members (`__x__`), `__MACOSX/`, and pickles (`.pyd`, `.pickle`, `.pkl`, `.pth`, `.pt`), whose
-bytes are never held. Members that no rule names are streamed past, so memory is bounded by one sample's image, caption
-and json.
+Grouping is open_clip's (`tarfile_to_samples_nothrow`): adjacent members with the same key are one sample, and a
+repeated extension begins the next one. A name that belongs to no sample (read_rules.py) is no break between the members
+of one, and what no rule names is streamed past, so memory is bounded by one sample's image, caption and json.
 
 Where the tar itself is damaged, the loss is charged to one row: to the sample around the damage if both sides belong to
 it, else to the one before or after it that lacks its image or caption, else to a row of its own with the key `@OFFSET`.
@@ -17,190 +12,23 @@ Other neighbours stay. An incomplete last sample of a tar without end marker is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeGuard
+from typing import Any, BinaryIO
 
 from curation.addresses import MAX_ROWS_PER_SHARD
-from curation.data.captions import LEFT_OUT, TOO_MANY, Choice, choices_of, is_blank
+from curation.data.captions import Choice, choices_of, is_blank
+from curation.data.read_rules import ReadRules, split_name
+from curation.data.samples import Content, Sample, caption_of, is_uid, no_image_reason, sample_of, shard_name
 from curation.data.tar import Member, TarReader
-
-DROP_REASONS: dict[str, str] = {
-    # Raised here, the first that applies.
-    "tar:not_a_tar": "the shard holds no valid tar header: a web page, a compressed file",
-    "tar:truncated": "the shard ends inside the sample",
-    "tar:corrupt_header": "a tar header of the sample is damaged",
-    "tar:sparse": "a member of the sample is stored as a sparse file, which no tool of this ecosystem writes",
-    "parquet:unreadable": "the shard is no parquet file, or its footer is damaged",
-    "parquet:damaged": "the row's part of the parquet file is damaged",
-    "image:not_downloaded": "a URL without image bytes: a metadata list, to be downloaded with img2dataset first",
-    "image:missing": "no member has one of the recipe's image extensions; no such column, or null",
-    "image:not_bytes": "the image column holds no bytes",
-    "image:empty": "the image member has no bytes",
-    "image:too_large": "the image member is above max_image_bytes",
-    "caption:missing": "no caption member or column, or the json has no such field, or null",
-    "caption:unreadable": "the json that should hold the caption is broken or above its limits",
-    "caption:not_text": "the json's caption field, or the caption column, is no string",
-    "caption:not_utf8": "the caption member is not UTF-8",
-    "caption:too_large": "the caption is above max_caption_bytes",
-    "caption:empty": "the caption is blank",
-    # Raised by open_shard.py.
-    "sample:excluded": "a list that is applied at read names the sample; nothing of it but uid, key and place is kept",
-    # Raised by attempts.py.
-    "sample:crashes_worker": "three workers died while they decoded it; as a shard's one row: in it, at no sample",
-    # Raised by images.py.
-    "image:unrecognized": "no allowed decoder recognises the bytes",
-    "image:bad_header": "a decoder recognises the bytes, but not their header",
-    "image:too_many_pixels": "the header, or that of an image inside the image, declares more than max_pixels",
-    "image:extreme_aspect": "one side is more than 200 times the other",
-    "image:decode_failed": "the header is fine, the pixels are not",
-    "image:resize_failed": "the decoded image cannot be brought to the model's size",
-    # Raised by embedding.
-    "embedding:not_finite": "the sample's embedding has a NaN or an infinity, or is zero",
-    # Raised by reading cached embeddings.
-    "embedding:missing": "no file of embeddings lies beside the shard",
-    "embedding:unreadable": "the file of embeddings is damaged, or holds other arrays than its layout says",
-    "embedding:not_aligned": "the file of embeddings has another number of rows than the shard",
-}
-"""Every reason for which a sample is dropped, and what it means. A reason that is not in this list is a defect."""
-
-WARNINGS: dict[str, str] = {
-    "tar:no_end_marker": "the two zero blocks at the end are missing, nothing else is",
-    "tar:lone_zero_block": "a single zero block between members",
-    "tar:data_after_end": "more than zeros behind the end marker; members there were read",
-    "json:invalid": "a json is not valid UTF-8 JSON; the sample has no fields",
-    "json:too_deep": "a json is nested too deeply to parse; the sample has no fields",
-    "json:too_large": "a json is above max_json_bytes; the sample has no fields",
-    "json:not_an_object": "a json is a list or a value; the sample has no fields",
-    "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
-    "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
-    "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
-    LEFT_OUT: "with best_caption_of: a text that cannot be a caption; the sample has others, or is dropped",
-    TOO_MANY: "with best_caption_of: more than max_captions captions; the first ones are kept",
-    "uid:malformed": "a uid is not 32 hex digits; the sample has the uid of its content",
-    "image:not_plain_jpeg": "no plain JPEG: with resize fast, it was decoded and resized the exact way",
-    "gpu:batch_halved": "the GPU ran out of memory; batches are smaller by this factor",
-    "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
-    "shard:set_aside": "three workers died in the shard and at none of its samples: nothing of it was embedded",
-    "shard:absent": "a shard is named by the pattern, but is not there",
-    "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
-}
-"""Everything that is counted without dropping a sample."""
 
 MAX_MEMBERS_PER_SAMPLE = 1024
 """A group that goes on beyond this begins the next sample, so that no shard makes one of unbounded size."""
 
 _LACKING = frozenset({"image:missing", "image:not_downloaded", "caption:missing"})
-_PICKLES = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
-_META = re.compile(r"(^|/)__([^/]*__|MACOSX)($|/)")
-_UID = re.compile(r"[0-9a-fA-F]{32}")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-ListKind = Literal["uid", "sha256", "url"]
-"""What an entry of a list names: a sample, its image's bytes, where it came from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadRules:
-    """Which members or columns make a sample, and how large they may be.
-
-    Extensions are lower case, without a dot around them. Columns are found in any case.
-    """
-
-    caption_field: str = "txt"
-    """An extension, or `json.NAME` for a field of the json."""
-    best_caption_of: tuple[str, ...] = ()
-    """In place of caption_field: fields of the same kind, also json fields that hold lists. All their captions come
-    with the sample, and the model that embeds it chooses."""
-    max_captions: int = 16
-    """Of those, at most so many."""
-    image_fields: tuple[str, ...] = ("jpg", "png", "jpeg", "webp")
-    """Extensions; the first that is present is the image (open_clip's order)."""
-    caption_column: str | None = None
-    """Parquet pools: the column that holds the caption; if none is named, the first of txt, caption, text."""
-    image_column: str | None = None
-    """Parquet pools: the column of image bytes; if none is named, `image`, one of image_fields, or image_bytes."""
-    metadata: str | None = None
-    """URL of an index made by metadata.py; its numbers join the fields of the samples, by uid."""
-    exclude: tuple[tuple[str, ListKind], ...] = ()
-    """Lists made by hash_lists.py, and what their entries name: samples that are dropped unread."""
-    max_image_bytes: int = 64 << 20
-    max_caption_bytes: int = 64 << 10
-    max_json_bytes: int = 1 << 20
-    max_json_fields: int = 256
-
-    def __post_init__(self) -> None:
-        if not self.image_fields:
-            raise ValueError("image_fields must name at least one extension, got none")
-        if self.best_caption_of and self.caption_field != "txt":
-            raise ValueError(
-                f"give caption_field or best_caption_of, got both: {self.caption_field!r}, {self.best_caption_of}"
-            )
-        if "json." in self.best_caption_of or len(set(self.best_caption_of)) < len(self.best_caption_of):
-            raise ValueError(f"best_caption_of must name fields, each once, got {self.best_caption_of}")
-        members = [name for name in self.caption_fields if not name.startswith("json.") or name == "json."]
-        for extension in (*self.image_fields, *members):
-            if not extension or extension != extension.lower() or extension.strip(".") != extension or "/" in extension:
-                raise ValueError(
-                    f"image_fields and caption_field must be lower-case extensions without a dot around them "
-                    f"(caption_field also json.NAME), got {extension!r}"
-                )
-        if "" in (self.caption_column, self.image_column):
-            raise ValueError("caption_column and image_column must name a column, got an empty name")
-        for limit in ("max_image_bytes", "max_caption_bytes", "max_json_bytes", "max_json_fields", "max_captions"):
-            if getattr(self, limit) < 1:
-                raise ValueError(f"{limit} must be at least 1, got {getattr(self, limit)}")
-
-    @property
-    def caption_fields(self) -> tuple[str, ...]:
-        """Where captions are looked for."""
-        return self.best_caption_of or (self.caption_field,)
-
-    @property
-    def json_caption(self) -> str:
-        """The json field that holds the caption; empty if a member holds it."""
-        return self.caption_field[5:] if self.caption_field.startswith("json.") else ""
-
-    def max_bytes(self, name: str) -> int:
-        """How much to hold of the member with this name; 0 if no rule needs it."""
-        split = split_name(name)
-        return 0 if split is None else self._limits.get(split[1], 0)
-
-    @cached_property
-    def _limits(self) -> dict[str, int]:
-        """Extension -> how much to hold of a member that has it."""
-        limits = dict.fromkeys(self.image_fields, self.max_image_bytes)
-        captions = [(name, self.max_caption_bytes) for name in self.caption_fields if not name.startswith("json.")]
-        for extension, limit in (*captions, ("json", self.max_json_bytes)):
-            limits[extension] = max(limit, limits.get(extension, 0))
-        return limits
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One row of a shard: an image-text pair, or what is left of one and the reason why it is dropped."""
-
-    row: int
-    offset: int
-    """Byte offset of its first member's header in a tar; its row in a parquet file."""
-    key: str
-    uid: str
-    image: bytes | None
-    caption: str | None
-    """Exactly as stored: not stripped, a byte order mark kept, as open_clip has it. Lone surrogates are U+FFFD."""
-    fields: dict[str, Any]
-    """The json's fields, always encodable as UTF-8."""
-    sha256: str | None
-    """Of the image bytes, 64 hex digits."""
-    reason: str | None
-    """None, or one of DROP_REASONS."""
-    choices: tuple[Choice, ...] = ()
-    """With best_caption_of: its captions, of which `caption` is the first."""
 
 
 class ShardReader:
@@ -351,64 +179,6 @@ def read_sample_members(raw: BinaryIO, offset: int, *, max_member_bytes: int = 1
     return members
 
 
-@lru_cache(maxsize=16)  # a member's name is split when it is read, and once more when it is grouped
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a name: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None if it belongs to no sample."""
-    base = name.rfind("/") + 1
-    dot = name.find(".", base)
-    extension = name[dot + 1 :].lower()
-    if dot <= base or not extension or extension.rsplit(".", 1)[-1] in _PICKLES:
-        return None
-    key = name[:dot]
-    return None if "__" in key and _META.search(key) else (key, extension)
-
-
-def is_uid(value: Any) -> TypeGuard[str]:
-    """True if a pool's own uid is one: 32 hex digits."""
-    return isinstance(value, str) and _UID.fullmatch(value) is not None
-
-
-def sample_of(content: Content, *, row: int, shard: bytes) -> Sample:
-    """The sample at a row of the shard whose name is `shard`; its own uid, else that of its content."""
-    image, caption = content.image or b"", content.caption or ""
-    return Sample(
-        row=row,
-        offset=content.offset,
-        key=content.key,
-        uid=content.uid or content_uid(shard, content.key, image=image, caption=caption),
-        image=content.image,
-        caption=content.caption,
-        fields=content.fields,
-        sha256=None if content.image is None else hashlib.sha256(content.image).hexdigest(),
-        reason=content.reason,
-        choices=content.choices,
-    )
-
-
-def shard_name(url: str) -> str:
-    """Last folder and file name of a shard's URL: what of its place enters a uid, so that a pool can be moved."""
-    path = url
-    if "://" in url:
-        path = url.rsplit("://", 1)[1].split("?", 1)[0]  # a signed URL changes with every signature
-    return "/".join([part for part in path.split("/") if part not in ("", ".")][-2:])
-
-
-def content_uid(shard: bytes, key: str, *, image: bytes, caption: str) -> str:
-    """First 128 bits, as 32 hex digits, of the sha256 of shard name, key, image bytes and caption.
-
-    Each is preceded by its length in bytes (8 bytes, little-endian). What is missing counts as empty.
-    """
-    name, text = key.encode("utf-8"), caption.encode("utf-8")
-    digest = hashlib.sha256(_length(shard) + shard + _length(name) + name + _length(image))
-    digest.update(image)
-    digest.update(_length(text) + text)
-    return digest.hexdigest()[:32]
-
-
-def _length(part: bytes) -> bytes:
-    return len(part).to_bytes(8, "little")
-
-
 @dataclass(slots=True)
 class _Group:
     """Adjacent members with the same key, by extension."""
@@ -417,19 +187,6 @@ class _Group:
     offset: int
     members: dict[str, Member] = field(default_factory=dict)
     problem: str | None = None
-
-
-class Content(NamedTuple):
-    """A sample before it has a row."""
-
-    key: str
-    offset: int
-    image: bytes | None
-    caption: str | None
-    fields: dict[str, Any]
-    uid: str | None
-    reason: str | None
-    choices: tuple[Choice, ...] = ()
 
 
 def _groups(tar: TarReader) -> Iterator[tuple[_Group | None, list[Member]]]:
@@ -460,24 +217,6 @@ def _groups(tar: TarReader) -> Iterator[tuple[_Group | None, list[Member]]]:
 def _unnamed(damage: Member) -> Content:
     """The row of a damage that no sample bears."""
     return Content(f"@{damage.offset}", damage.offset, None, None, {}, None, damage.problem)
-
-
-def no_image_reason(fields: Mapping[str, Any]) -> str:
-    """Why a sample with these fields has no image: only its URL is known, or nothing is."""
-    has_url = any(value for name, value in fields.items() if name.lower() == "url")
-    is_listed = has_url and fields.get("status") != "success"
-    return "image:not_downloaded" if is_listed else "image:missing"
-
-
-def caption_of(data: bytes, rules: ReadRules) -> tuple[str | None, str | None]:
-    """Caption and drop reason from the caption's bytes."""
-    if len(data) > rules.max_caption_bytes:
-        return None, "caption:too_large"
-    try:
-        caption = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None, "caption:not_utf8"
-    return caption, "caption:empty" if is_blank(caption) else None
 
 
 def _member_caption(member: Member | None, rules: ReadRules) -> tuple[str | None, str | None]:

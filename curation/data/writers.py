@@ -25,7 +25,9 @@ import pyarrow.parquet as pq
 
 from curation.data import open_shard, storage
 from curation.data.parquet_shards import is_parquet, read_rows
-from curation.data.shards import ReadRules, Sample, read_sample_members, split_name
+from curation.data.read_rules import ReadRules, split_name
+from curation.data.samples import Sample
+from curation.data.shards import read_sample_members
 
 SUBSET_DTYPE = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 SHARD_FORMAT = "{:05d}.tar"

@@ -19,7 +19,7 @@ import numpy as np
 from curation import addresses
 from curation.data import cached_embeddings, manifest, open_shard, tables
 from curation.data.cached_embeddings import Cached
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.data.storage import ListedShard
 from curation.distributed.embed import STAGE
 

@@ -23,9 +23,9 @@ from PIL import Image
 from curation.data import manifest, shard_list, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.lease import Lease
+from curation.data.read_rules import ReadRules
 from curation.data.rows import ReadRow, StaleTable, read_rows
 from curation.data.shard_list import Shard
-from curation.data.shards import ReadRules
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.distributed.shard_pool import records_of

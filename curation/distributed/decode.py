@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from curation.data.images import ImageError, Pixels, fast_pixels, pixels
-from curation.data.shards import Sample
+from curation.data.samples import Sample
 from curation.models.resize import FastResize, Resize
 
 FELL_BACK = "image:not_plain_jpeg"

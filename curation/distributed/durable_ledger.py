@@ -1,9 +1,10 @@
 """A ledger that outlives its process: state = a snapshot + the log of what came since, on disk or in a bucket.
 
 Laws. What was acknowledged is in the log, so a killed process loses none of it; a write is checked, logged, applied, in
-that order, so what is refused leaves no trace. Every change of state is a record, and replaying the records does what
-was done the first time. A write bears its writer's number and counts once, however often it is sent and in whatever
-order it comes. `restore(tag, attempt)` goes back to exactly a snapshot, and no call of an earlier attempt counts after.
+that order, so what is refused leaves no trace. Every change of state is a record (ledger_state.py), and replaying the
+records does what was done the first time. A write bears its writer's number and counts once, however often it is sent
+and in whatever order it comes. `restore(tag, attempt)` goes back to exactly a snapshot, and no call of an earlier
+attempt counts after.
 
     FOLDER/HEAD.json               the snapshot that the log continues, the log's segments, the tags, the attempt
     FOLDER/snapshots/NNNNNNNN/     the columns as `Ledger.save` writes them, and state.json
@@ -12,15 +13,10 @@ order it comes. `restore(tag, attempt)` goes back to exactly a snapshot, and no 
 
 One atomic write of HEAD.json is the commit of each snapshot, restore and start; what it does not name is garbage. Each
 start writes a segment of its own, so a process that is thought dead cannot write among what its successor writes.
-
-An `ema` depends on the order of its values, so its writes wait until every open writer has gone beyond their step, or
-flushed at it; then all of one step are put together, sorted, and applied once: the result does not depend on which
-writer sent what when. Waiting writes are in the log like all others.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -34,16 +30,8 @@ from curation.addresses import flat_positions, prefix_sums
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.distributed.ledger_log import Arrays, Segment, read_segment
-from curation.distributed.ledger_writes import (
-    MAX_STEP,
-    SESSION,
-    AbandonedAttempt,
-    Write,
-    WriterState,
-    checked,
-    is_count,
-    specs_json,
-)
+from curation.distributed.ledger_state import LedgerState
+from curation.distributed.ledger_writes import SESSION, AbandonedAttempt, checked, is_count, specs_json
 from curation.ledger import Ledger, LedgerSpec
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}")
@@ -85,11 +73,11 @@ class DurableLedger:
         if self._head["specs"] != specs_json(specs):
             raise ValueError(f"{self._head_url}: specs were {self._head['specs']}, now {specs_json(specs)}")
         self._is_moving = False
-        self._set_state(*self._read_base(self._head["base"]))
+        self._state = self._read_base(self._head["base"])
         self._replayed_bytes = 0
         for segment in self._head["segments"]:
             for record in read_segment(self._segment_url(segment)):
-                self._apply(record.meta, record.arrays)
+                self._state.apply(record.meta, record.arrays)
                 self._replayed_bytes += record.num_bytes
         self._log = self._begin_segment(self._head["generation"])
         self._move_head(self._log, segments=[*self._head["segments"], self._log.name])
@@ -100,7 +88,7 @@ class DurableLedger:
     def open(self, writer: str, attempt: int) -> int:
         """The number of the writer's first write. Whatever the writer sent in a former life is refused from now on."""
         self._check_attempt(attempt)
-        former = self._writers.get(writer)
+        former = self._state.writers.get(writer)
         first = 0 if former is None else former.first + SESSION
         self._log_and_apply({"kind": "open", "writer": writer, "first": first})
         return first
@@ -108,7 +96,7 @@ class DurableLedger:
     def close(self, writer: str, attempt: int, first: int) -> None:
         """No more writes come from the life that `open` gave `first`; nothing waits for it any longer."""
         self._check_attempt(attempt)
-        known = self._writers.get(writer)
+        known = self._state.writers.get(writer)
         if known is not None and known.is_open and known.first == first:
             self._log_and_apply({"kind": "close", "writer": writer})
 
@@ -130,11 +118,11 @@ class DurableLedger:
         ValueError, KeyError as `checked` has them, or if steps decrease; RuntimeError if too much waits for a writer.
         """
         self._check_attempt(attempt)
-        known = self._writer(writer, number)
+        known = self._state.writer(writer, number)
         if known.has(number):
             return False
         write = checked(self._specs, self._offsets, step=step, name=name, addresses=addresses, values=values, used=used)
-        self._check_order(writer, number, write)
+        self._state.check_order(writer, number, write, max_waiting_bytes=self._max_waiting_bytes)
         if self.log_bytes > self._max_log_bytes:  # before the write: if the disk is full, it is refused, not half done
             self._save(tag=None, call="")
         meta = {"kind": "write", "writer": writer, "number": number, "step": write.step, "name": write.name}
@@ -144,7 +132,7 @@ class DurableLedger:
     def skip(self, writer: str, number: int, attempt: int) -> None:
         """The write `number` was refused and will never come: it counts as an empty one, so nothing waits for it."""
         self._check_attempt(attempt)
-        known = self._writer(writer, number)
+        known = self._state.writer(writer, number)
         if not known.has(number):
             step = max(0, known.steps_around(number)[0])
             self._log_and_apply({"kind": "write", "writer": writer, "number": number, "step": step, "name": None})
@@ -155,7 +143,7 @@ class DurableLedger:
         Once every open writer has flushed at a step, or gone beyond it, it is applied.
         """
         self._check_attempt(attempt)
-        known = self._writer(writer, number)
+        known = self._state.writer(writer, number)
         if known.next == number and not known.flushed:  # else it is a retry that comes late, or there are gaps
             self._log_and_apply({"kind": "flush", "writer": writer})
 
@@ -186,12 +174,12 @@ class DurableLedger:
                 raise ValueError(f"attempt {attempt} began from {began!r}, it cannot begin from {tag!r} too")
             return
         base = None if tag is None else self._snapshot(tag)["generation"]
-        loaded = self._read_base(base)
+        state = self._read_base(base)
         generation = self._head["generation"] + 1
         log = self._begin_segment(generation, then=[({"kind": "restored"}, {})])
         self._move_head(log, generation=generation, base=base, attempt=attempt, restored=tag, segments=[log.name])
-        self._set_state(*loaded)
-        self._apply({"kind": "restored"}, {})
+        self._state = state
+        self._state.apply({"kind": "restored"}, {})
         self._delete_retired()
 
     def forget(self, tags: Sequence[str]) -> None:
@@ -209,7 +197,7 @@ class DurableLedger:
 
     def check_adopt(self, key: str, addresses: np.ndarray) -> None:
         """ValueError that names the first address which has statistics; KeyError if one is not in the pool."""
-        if f"adopt {key}" in self._moves or not len(addresses):
+        if f"adopt {key}" in self._state.moves or not len(addresses):
             return
         state = self.ledger.export(addresses)
         touched = np.zeros(len(addresses), bool)
@@ -223,7 +211,7 @@ class DurableLedger:
         """Take over raw columns, as `Ledger.export` gives them, at untouched addresses (n,)."""
         self._check_attempt(attempt)
         self.check_adopt(key, addresses)
-        if f"adopt {key}" not in self._moves and len(addresses):
+        if f"adopt {key}" not in self._state.moves and len(addresses):
             wanted = {name: column.dtype for name, column in self.ledger.export(addresses[:0]).items()}
             if {name: column.dtype for name, column in state.items()} != wanted:
                 raise ValueError(f"columns must be {wanted}, got { {n: c.dtype for n, c in state.items()} }")
@@ -233,12 +221,17 @@ class DurableLedger:
     def drop(self, key: str, attempt: int, addresses: np.ndarray) -> None:
         """Make addresses (n,) untouched: their statistics were moved, or have no place any more."""
         self._check_attempt(attempt)
-        if f"drop {key}" not in self._moves and len(addresses):
+        if f"drop {key}" not in self._state.moves and len(addresses):
             flat_positions(addresses, self._offsets)
             self._apply_waiting()
             self._log_and_apply({"kind": "drop", "key": key}, {"addresses": addresses})
 
     # What it is.
+
+    @property
+    def ledger(self) -> Ledger:
+        """The statistics, for reading."""
+        return self._state.ledger
 
     @property
     def attempt(self) -> int:
@@ -259,7 +252,7 @@ class DurableLedger:
     @property
     def waiting_bytes(self) -> int:
         """Bytes of ema writes that wait for a writer."""
-        return sum(array.nbytes for parts in self._waiting.values() for part in parts for array in part)
+        return self._state.waiting_bytes
 
     # Checks.
 
@@ -271,145 +264,35 @@ class DurableLedger:
         if attempt > self.attempt:
             raise ValueError(f"attempt {attempt} has not begun, the ledger is at {self.attempt}: call restore first")
 
-    def _writer(self, writer: str, number: int) -> WriterState:
-        known = self._writers.get(writer)
-        if known is None or not known.is_open:
-            raise ValueError(f"writer {writer!r} is not open")
-        if number < known.first:
-            raise AbandonedAttempt(f"write {number} of {writer!r} is from before the writer opened again")
-        if number >= known.first + SESSION:
-            raise ValueError(f"write {number} of {writer!r} is beyond what it opened, [{known.first}, +{SESSION})")
-        return known
-
-    def _check_order(self, writer: str, number: int, write: Write) -> None:
-        known = self._writers[writer]
-        lower, upper = known.steps_around(number)
-        if not lower <= write.step <= upper:
-            raise ValueError(
-                f"a writer's steps never decrease: write {number} of {writer!r} is of step {write.step}, those "
-                f"around it are of steps {lower} and {upper}"
-            )
-        if write.name is None or self._specs[write.name].statistic != "ema" or not len(write.addresses):
-            return
-        applied = self._applied_step.get(write.name, 0)
-        if write.step < applied:
-            raise ValueError(f"{write.name!r} is an ema: step {write.step} came after step {applied} had been applied")
-        slowest = min((w.at_step, name) for name, w in self._writers.items() if w.is_open)
-        if self.waiting_bytes > self._max_waiting_bytes and known.at_step > slowest[0]:
-            raise RuntimeError(
-                f"{self.waiting_bytes} bytes of ema writes wait for writer {slowest[1]!r}, which is at step "
-                f"{slowest[0]}, {writer!r} at {write.step}: close a writer that has ended"
-            )
-
-    # Changes of state: each is a function of the state and the record alone, so a replay repeats them.
+    # Changes of state.
 
     def _log_and_apply(self, meta: Mapping[str, Any], arrays: Arrays | None = None) -> None:
         if self._is_local or self._is_moving:  # elsewhere it would be a request per write
             self._check_mine()
         self._log.append(meta, arrays or {})
-        self._apply(meta, arrays or {})
+        self._state.apply(meta, arrays or {})
 
     def _apply_waiting(self) -> None:
-        if self._waiting:
+        if self._state.waiting:
             self._log_and_apply({"kind": "apply"})
-
-    def _apply(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
-        kind = meta["kind"]
-        if kind == "open":
-            self._writers[meta["writer"]] = WriterState(first=meta["first"], next=meta["first"])
-        elif kind == "close":
-            self._writers[meta["writer"]].is_open = False
-            self._apply_below(self._all_beyond())
-        elif kind == "write":
-            self._apply_write(meta, arrays)
-        elif kind == "wait":
-            self._wait(meta, arrays)
-        elif kind == "flush":
-            self._writers[meta["writer"]].flushed = True
-            self._apply_below(self._all_beyond())
-        elif kind == "apply":
-            self._apply_below(MAX_STEP + 1)
-        elif kind == "restored":
-            self._writers = {}
-        elif kind == "adopt":
-            state = {name: column for name, column in arrays.items() if name != "addresses"}
-            self.ledger.adopt(arrays["addresses"], state)
-            for name in self._specs:  # a later write at these addresses must not be of a step before theirs
-                latest = int(state[f"{name}.last_step"].max(initial=0))
-                self._applied_step[name] = max(self._applied_step.get(name, 0), latest)
-            self._moves.append(f"adopt {meta['key']}")
-        elif kind == "drop":
-            self.ledger.forget(arrays["addresses"])
-            self._moves.append(f"drop {meta['key']}")
-        else:
-            assert kind == "begin", f"no record is of kind {kind!r}"
-
-    def _apply_write(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
-        step, name = meta["step"], meta["name"]
-        self._writers[meta["writer"]].note(meta["number"], step)
-        if len(arrays.get("used", ())):
-            self.ledger.add_usage(arrays["used"])
-        if len(arrays.get("addresses", ())):
-            if self._specs[name].statistic == "ema":
-                self._wait(meta, arrays)
-            else:
-                self.ledger.update(name, arrays["addresses"], arrays["values"], step=step)
-        self._apply_below(self._all_beyond())
-
-    def _wait(self, meta: Mapping[str, Any], arrays: Arrays) -> None:
-        parts = self._waiting.setdefault((meta["step"], meta["name"]), [])
-        parts.append((arrays["addresses"], arrays["values"]))
-
-    def _all_beyond(self) -> int:
-        """No writer will write of a step below this one."""
-        return min((writer.at_step for writer in self._writers.values() if writer.is_open), default=MAX_STEP + 1)
-
-    def _apply_below(self, limit: int) -> None:
-        """Apply what waits of steps below `limit`: all of one step and ledger at once, in an order of their own."""
-        for step, name in sorted(key for key in self._waiting if key[0] < limit):
-            addresses, values = map(np.concatenate, zip(*self._waiting.pop((step, name)), strict=True))
-            order = np.lexsort((values, addresses))
-            self.ledger.update(name, addresses[order], values[order], step=step)
-            self._applied_step[name] = max(self._applied_step.get(name, 0), step)
 
     # Snapshots on disk.
 
-    def _set_state(self, ledger: Ledger, state: Mapping[str, Any]) -> None:
-        self.ledger = ledger
-        self._writers = {
-            name: WriterState(**{**saved, "ahead": {int(number): step for number, step in saved["ahead"].items()}})
-            for name, saved in state["writers"].items()
-        }
-        self._applied_step: dict[str, int] = dict(state["applied_step"])
-        self._moves: list[str] = list(state["moves"])
-        self._waiting: dict[tuple[int, str], list[tuple[np.ndarray, np.ndarray]]] = {}
-        """(step, ledger) -> (addresses, values) of each ema write that is logged and not applied."""
-
-    def _read_base(self, base: int | None) -> tuple[Ledger, Mapping[str, Any]]:
+    def _read_base(self, base: int | None) -> LedgerState:
         if base is None:
-            return Ledger(self._sizes, self._specs), {"writers": {}, "applied_step": {}, "moves": []}
+            return LedgerState(Ledger(self._sizes, self._specs), self._specs)
         folder = self._snapshot_url(base)
         ledger = Ledger.load(lambda name: storage.open_read(storage.join(folder, name)), self._sizes, self._specs)
-        return ledger, manifest.read(storage.join(folder, "state.json"))
+        return LedgerState(ledger, self._specs, saved=manifest.read(storage.join(folder, "state.json")))
 
     def _save(self, *, tag: str | None, call: str) -> None:
         """Fold the log into a snapshot; without a tag it is there only for the log to continue. Changes no state."""
         generation = self._head["generation"] + 1
         folder = self._snapshot_url(generation)  # never one that HEAD names, so a kill in the middle harms nothing
         self.ledger.save(lambda name: cast(Any, storage.write_atomic(storage.join(folder, name))))
-        state = {
-            "format_version": FORMAT_VERSION,
-            "writers": {name: dataclasses.asdict(writer) for name, writer in self._writers.items()},
-            "applied_step": self._applied_step,
-            "moves": self._moves,
-        }
+        state = {"format_version": FORMAT_VERSION, **self._state.saved()}
         storage.write_bytes(storage.join(folder, "state.json"), json.dumps(state).encode())
-        waiting = [
-            ({"kind": "wait", "step": step, "name": name}, {"addresses": addresses, "values": values})
-            for (step, name), parts in self._waiting.items()
-            for addresses, values in parts
-        ]
-        log = self._begin_segment(generation, then=waiting)
+        log = self._begin_segment(generation, then=self._state.waiting_records())
         snapshots = dict(self._head["snapshots"])
         if tag is not None:
             snapshots[tag] = {"generation": generation, "call": call}

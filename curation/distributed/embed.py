@@ -27,7 +27,8 @@ from curation.data import manifest, storage, tables
 from curation.data.attempts import CRASHES_WORKER
 from curation.data.open_shard import file_of, open_shard
 from curation.data.open_shard import fingerprint as fingerprint_of
-from curation.data.shards import ReadRules, Sample, content_uid, shard_name
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample, content_uid, shard_name
 from curation.distributed.decode import FELL_BACK, Decoded, ReadAhead, SampleDecoder
 from curation.distributed.energy import EnergyMeter
 from curation.distributed.roster import Attempt, bench

@@ -26,8 +26,8 @@ from curation import addresses
 from curation.data import tables
 from curation.data.images import ImageError, fast_pixels, pixels
 from curation.data.offered import Offering, Rounds
+from curation.data.read_rules import ReadRules
 from curation.data.rows import StaleTable, read_rows
-from curation.data.shards import ReadRules
 from curation.models.clip import load_tokenizer
 from curation.models.resize import load_fast_resize, load_resize
 from curation.numerics.sampling import uid_words

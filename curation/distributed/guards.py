@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from curation.data import hash_lists, manifest, row_tests, storage, tables
 from curation.data.mapped import mapped_arrays
 from curation.data.pieces import Record
+from curation.data.read_rules import ListKind
 from curation.data.row_tests import InPart, NotListed, RowTest, Within
-from curation.data.shards import ListKind
 from curation.distributed import stored_columns
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.tasks import in_groups, ordered

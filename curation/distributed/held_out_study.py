@@ -35,7 +35,7 @@ from curation.models.clip import Towers, load_towers
 from curation.models.registry import weights_digest
 from curation.recipe.curate import CachedLayout, Embed
 from curation.recipe.evaluate import OF_THE_RUN, HeldOutRecipe
-from curation.recipe.train import Weights
+from curation.recipe.parts import Weights
 
 TOP_KS = (1, 5, 10)
 TEXTS_AT_A_TIME = 256

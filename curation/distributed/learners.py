@@ -10,7 +10,7 @@ from torch import nn
 
 from curation.columns import JSON_PREFIX
 from curation.data.held_out import HeldOut, held_out_of_run, read_held_out
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed.evaluate import ClassEvaluation, Evaluation, PairEvaluation
 from curation.distributed.feed import LOW_PIXELS
 from curation.models.classifier import Classifier, build_classifier
@@ -18,7 +18,7 @@ from curation.models.clip import ClipNetwork, Precision, build_network, load_tow
 from curation.models.flexi import native_patch_size
 from curation.models.resize import load_resize
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Weights
+from curation.recipe.parts import Weights
 from curation.training.classifier_learner import ClassifierLearner
 from curation.training.contrastive_learner import ContrastiveLearner, LowView, Reference
 from curation.training.learner import Learner

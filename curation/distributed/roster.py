@@ -38,7 +38,7 @@ from curation.data.attempts import (
     read_work,
 )
 from curation.data.lease import is_running, process_started
-from curation.data.shards import Sample
+from curation.data.samples import Sample
 
 ASK_TIMEOUT_S = 60.0
 """How long a node may take to answer; longer than Ray takes to find out that one is gone."""

@@ -34,8 +34,8 @@ from curation.data import manifest, storage, tables
 from curation.data.captions import Choice
 from curation.data.json_columns import TOO_DEEP
 from curation.data.open_shard import fingerprint, open_shard
+from curation.data.samples import Sample
 from curation.data.shard_list import Shard
-from curation.data.shards import Sample
 from curation.distributed import energy
 from curation.distributed.decode import Decoded, ReadAhead, SampleDecoder
 from curation.distributed.embed import CALLS_AT_A_TIME, STAGE, BatchEmbedder, EmbedSpec, Piece, noted, set_aside

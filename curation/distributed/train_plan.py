@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS, RUN_VALUES
 from curation.data import manifest, offered, shard_list, storage, tables
 from curation.data.offered import OfferedShard
+from curation.data.read_rules import ReadRules
 from curation.data.redact import redacted_json
-from curation.data.shards import ReadRules
 from curation.distributed import versions
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.models.classifier import is_on_features

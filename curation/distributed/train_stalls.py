@@ -29,7 +29,7 @@ import torch.distributed
 
 import curation
 from curation.data import storage
-from curation.recipe.train import Workers
+from curation.recipe.train_parts import Workers
 
 HANGS, HANGS_WITH_OTHERS = 2, 3
 """In stall_s: after so long without a step a rank ends itself, if it waits for no other; if it does."""

@@ -21,8 +21,8 @@ from curation.columns import SELECTED_SCHEMA
 from curation.data import manifest, storage
 from curation.data.embeddings_folder import part_names, remove_part, write_part
 from curation.data.pieces import Pieces
+from curation.data.read_rules import ReadRules
 from curation.data.redact import redacted_json
-from curation.data.shards import ReadRules
 from curation.data.tables import Rechunk, rechunked
 from curation.data.uid_sort import UidSort
 from curation.data.writers import KEPT_SCHEMA, SHARD_FORMAT, remove_tar, write_index, write_subset, write_tar

@@ -8,8 +8,7 @@ from pydantic import Field
 
 from curation.numerics.votes import Aggregator, Binariser
 from curation.recipe.curate import Compute
-from curation.recipe.parts import Part, WeightsSource, WholeRecipe
-from curation.recipe.train import Weights
+from curation.recipe.parts import Part, Weights, WeightsSource, WholeRecipe
 from curation.training.factor_encoders import EncoderKind, EncoderSettings
 
 

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from curation.recipe.columns import Network
-from curation.recipe.parts import Part, WholeRecipe
-from curation.recipe.train import Weights
+from curation.recipe.parts import Part, Weights, WholeRecipe
 from curation.training.diffusion import DiffusionSpec
 
 _ARM = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(=(?P<source>[^@]+))?(@(?P<steps>[1-9]\d*))?")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from curation.data.read_rules import ListKind
 from curation.data.row_tests import check_disjoint
-from curation.data.shards import ListKind
 from curation.data.tables import check_piece_name
 from curation.recipe.parts import Part, json_argument
 

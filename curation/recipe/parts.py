@@ -1,4 +1,4 @@
-"""What the parts of all recipes share: frozen, validated fields, and the pool that a run reads."""
+"""What the parts of all recipes share: frozen, validated fields, the pool that a run reads, a model's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from curation.columns import FORMAT_VERSION
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.methods import load_selector
 from curation.selector import Selector
 
@@ -39,6 +39,30 @@ class WeightsSource(TypedDict):
     pretrained: str | None
     checkpoint: str | None
     seed: int
+
+
+class Weights(Part):
+    """A model and where its weights come from."""
+
+    model: str = Field(default="ViT-B-32", min_length=1)
+    """An open_clip model, or `nano`. On `data.features` its text tower stands beside two linear layers for the image.
+    A classifier is `linear` or `mlp-WIDTH` on features, or a model whose image tower gets a linear head."""
+    pretrained: str | None = Field(default=None, min_length=1)
+    """open_clip's tag of pretrained weights."""
+    checkpoint: str | None = Field(default=None, min_length=1)
+    """A local checkpoint instead."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random weights, when neither is given."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and self.checkpoint:
+            raise ValueError(f"give pretrained or checkpoint, got both: {self.pretrained!r}, {self.checkpoint!r}")
+        return self
+
+    def source(self) -> WeightsSource:
+        """Tag, checkpoint and seed."""
+        return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "seed": self.seed}
 
 
 _READ = ReadRules()

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from curation.data import manifest, storage, tables
-from curation.data.shards import DROP_REASONS
+from curation.data.drop_reasons import DROP_REASONS
 from curation.evaluation.correlation import spearman_matrix
 from curation.recipe import Embed, Pool, Step, parse_steps
 from curation.report import costs, folder, galleries, thumbnails

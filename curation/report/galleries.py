@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curation.data.shards import DROP_REASONS
+from curation.data.drop_reasons import DROP_REASONS
 from curation.report.outcomes import DUPLICATE
 from curation.report.picks import JUST_CUT, JUST_KEPT
 from curation.report.scan import Scan

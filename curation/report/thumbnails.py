@@ -20,7 +20,8 @@ from curation.addresses import row_of, shard_of
 from curation.data import images, open_shard, parquet_shards, storage, tables
 from curation.data.attempts import CRASHES_WORKER
 from curation.data.images import ImageError
-from curation.data.shards import ReadRules, read_sample_members, split_name
+from curation.data.read_rules import ReadRules, split_name
+from curation.data.shards import read_sample_members
 
 SIDE = 144
 """Pixels of a thumbnail's longer side: sharp enough at the 130 CSS px at which it is shown, 3 to 4 kB."""

@@ -29,7 +29,8 @@ from curation.distributed.train import learner_url, train
 from curation.methods.jest import Jest
 from curation.recipe import Compute
 from curation.recipe.columns import EmbeddingsRecipe
-from curation.recipe.train import Reference, Weights
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Reference
 from curation.selector import Rows
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval, show

@@ -28,7 +28,8 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 from curation.data.images import ImageError, fast_pixels, open_image, pixels
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 from curation.data.storage import list_shards, open_read
 from curation.models.clip import Towers, build_network, load_towers
 from curation.models.resize import FastResize, load_fast_resize, load_resize

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from curation.data import storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.methods.exact_duplicates import ExactDuplicates
 from curation.methods.semantic_dedup import SemanticDedup
 from curation.models.perceptual_hash import cosine_within, grey_square, perceptual_hashes

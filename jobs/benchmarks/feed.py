@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from curation.data.storage import list_shards
 from curation.distributed.pipeline import curate
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
-from curation.recipe.train import Data, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Train, Workers
 from jobs.benchmarks.pairs import interleaved, paired_ratio, provenance
 from jobs.demo_pool import make_pool
 

@@ -27,7 +27,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from curation.data.shards import ReadRules, Sample, ShardReader, split_name
+from curation.data.read_rules import ReadRules, split_name
+from curation.data.samples import Sample
+from curation.data.shards import ShardReader
 from curation.data.storage import list_shards
 from curation.data.tar import TarReader
 from jobs.benchmarks.decode import QUALITY, jpegs

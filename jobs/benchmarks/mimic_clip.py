@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from curation.data.held_out import read_held_out
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.evaluation.retrieval import retrieval_recall
 from curation.methods import load_selector
 from curation.models.clip import ClipNetwork, build_network, load_tokenizer

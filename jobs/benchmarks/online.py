@@ -36,7 +36,7 @@ from curation.distributed.scoring_pool import Serving, close_pool, pool_actor, s
 from curation.distributed.train import learner_url, train
 from curation.models.clip import load_towers
 from curation.recipe import TrainRecipe
-from curation.recipe.train import LowResolution
+from curation.recipe.train_parts import LowResolution
 from jobs import demo_tasks
 from jobs.benchmarks.online_pools import POOLS
 from jobs.benchmarks.pairs import provenance

@@ -31,7 +31,8 @@ from curation.distributed.train import learner_url, train
 from curation.models.clip import build_network
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe, Write
 from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, Network
-from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Evaluate, Reference, Train, Workers
 from curation.training.flops import TRAINING_PASS, tower_flops
 from jobs import demo, demo_reference
 from jobs.benchmarks.real_data import TFLITE, real_data, tar_samples

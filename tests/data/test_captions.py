@@ -14,7 +14,8 @@ import pytest
 
 from curation.data.captions import LEFT_OUT, TOO_MANY, Choice, choices_of
 from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 
 
 def choices(*offered: tuple[str, Any], most: int = 16) -> tuple[list[str], str | None, dict[str, int]]:

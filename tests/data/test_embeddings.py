@@ -13,8 +13,9 @@ import pytest
 
 from curation.data import cached_embeddings, storage, tables
 from curation.data.cached_embeddings import Source, fingerprint, sources
+from curation.data.drop_reasons import DROP_REASONS
 from curation.data.embeddings_folder import part_names, remove_part, write_part
-from curation.data.shards import DROP_REASONS, ReadRules
+from curation.data.read_rules import ReadRules
 
 RULES = ReadRules()
 UIDS = [f"{number:032x}" for number in range(4)]

@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from curation.data.drop_reasons import DROP_REASONS, WARNINGS
 from curation.data.images import FORMATS, ImageError, fast_pixels, pixels
-from curation.data.shards import DROP_REASONS, WARNINGS, ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 from curation.models.resize import FastResize, Resize, load_resize
 
 MINUTES = float(os.environ.get("CURATION_FUZZ_MINUTES", "0"))

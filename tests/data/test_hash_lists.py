@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.data.hash_lists import build, contains, entries_of, listed, opened
-from curation.data.shards import ListKind
+from curation.data.read_rules import ListKind
 
 UIDS = [f"{value:032x}" for value in (0, 7, 2**127 + 5, 2**64)]
 ABSENT = [f"{value:032x}" for value in (1, 2**64 + 1, 2**128 - 1)]

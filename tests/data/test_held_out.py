@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from curation.data.held_out import read_held_out
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.models.resize import load_resize
 
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from curation.data import images
+from curation.data.drop_reasons import DROP_REASONS
 from curation.data.images import (
     MAX_PYTHON_PIXELS,
     PILLOW_MAX_PIXELS,
@@ -26,7 +27,8 @@ from curation.data.images import (
     open_image,
     pixels,
 )
-from curation.data.shards import DROP_REASONS, ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 
 MAX_PIXELS = 50_000_000
 
@@ -424,7 +426,8 @@ def test_odd_images_leave_no_word_on_python_s_side(real_data: Path):
     code = f"""
 import sys
 from curation.data.images import ImageError, open_image
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 with open({str(real_data / "bad-input/00000.tar")!r}, "rb") as raw:
     for sample in ShardReader(raw, url="bad-input/00000.tar", rules=ReadRules()):
         try:

@@ -11,7 +11,7 @@ import pytest
 
 from curation.data import metadata, storage
 from curation.data.open_shard import content_digest, open_shard
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.data.storage import ListedShard
 
 

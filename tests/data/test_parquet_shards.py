@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 
 from curation.addresses import MAX_ROWS_PER_SHARD
 from curation.data import parquet_shards, storage
+from curation.data.drop_reasons import DROP_REASONS, WARNINGS
 from curation.data.open_shard import content_digest, fingerprint, open_shard
 from curation.data.parquet_shards import RowRange, cut, is_parquet, read_rows, row_cuts, row_range
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample, content_uid
 from curation.data.shard_list import Shard, extend
-from curation.data.shards import DROP_REASONS, WARNINGS, ReadRules, Sample, ShardReader, content_uid
+from curation.data.shards import ShardReader
 from curation.data.storage import ListedShard
 
 RULES = ReadRules()

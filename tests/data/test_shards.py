@@ -19,16 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.data import shards
-from curation.data.shards import (
-    DROP_REASONS,
-    WARNINGS,
-    ReadRules,
-    Sample,
-    ShardReader,
-    read_sample_members,
-    shard_name,
-    split_name,
-)
+from curation.data.drop_reasons import DROP_REASONS, WARNINGS
+from curation.data.read_rules import ReadRules
+from curation.data.samples import Sample
+from curation.data.shards import ShardReader, read_sample_members
 
 URL = "memory://pool/part/00000.tar"
 SPARSE = b"sparse"
@@ -73,36 +67,6 @@ def one(*members: tuple[str, bytes], **rules: Any) -> Sample:
 
 def pair(key: str) -> list[tuple[str, bytes]]:
     return [(f"{key}.jpg", f"image {key}".encode()), (f"{key}.txt", f"caption {key}".encode())]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.jpg", ("a", "jpg")),
-        ("a/b.seg.PNG", ("a/b", "seg.png")),
-        ("v1.0/b.jpg", ("v1.0/b", "jpg")),
-        ("./a.jpg", ("./a", "jpg")),
-        ("../../etc/passwd.jpg", ("../../etc/passwd", "jpg")),
-        ("a__b__.jpg", ("a__b__", "jpg")),
-        ("v1.0/README", None),
-        ("README", None),
-        ("a.", None),
-        (".hidden", None),
-        ("a/.jpg", None),
-        ("a/._b.jpg", None),
-        ("__MACOSX/a.jpg", None),
-        ("x/__MACOSX/._a.jpg", None),
-        ("__meta__", None),
-        ("__meta__.json", None),
-        ("__x__/a.jpg", None),
-        ("a.pyd", None),
-        ("a.state.PTH", None),
-        ("a.pickle", None),
-        ("", None),
-    ],
-)
-def test_a_name_is_split_at_the_first_dot_after_the_last_slash(name, expected):
-    assert split_name(name) == expected
 
 
 def test_adjacent_members_with_one_key_are_one_sample_and_a_repeated_extension_begins_the_next():
@@ -270,22 +234,6 @@ def test_a_content_uid_changes_with_each_of_its_parts_and_with_where_they_part()
     assert len(set(uids)) == len(uids)
 
 
-@pytest.mark.parametrize(
-    ("url", "name"),
-    [
-        ("s3://bucket/a/part/00000.tar", "part/00000.tar"),
-        ("/a/part/00000.tar", "part/00000.tar"),
-        ("file:///a/part//./00000.tar", "part/00000.tar"),
-        ("https://host/part/00000.tar?signature=a/b", "part/00000.tar"),
-        ("simplecache::s3://bucket/00000.tar", "bucket/00000.tar"),
-        ("memory://00000.tar", "00000.tar"),
-        ("part/what?.tar", "part/what?.tar"),
-    ],
-)
-def test_a_shards_name_is_its_last_folder_and_file_name_wherever_it_lies(url, name):
-    assert shard_name(url) == name
-
-
 SAMPLES = [
     (
         key,
@@ -415,26 +363,6 @@ def test_a_group_without_end_is_parted(monkeypatch):
     monkeypatch.setattr(shards, "MAX_MEMBERS_PER_SAMPLE", 3)
     members = [*pair("a"), *[(f"a.{number}", b"x") for number in range(5)]]
     assert reasons(tar_of(members)) == [("a", None), ("a", "image:missing"), ("a", "image:missing")]
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ({"image_fields": ()}, "image_fields must name at least one extension"),
-        ({"image_fields": ("JPG",)}, "lower-case extensions .* got 'JPG'"),
-        ({"image_fields": (".jpg",)}, "without a dot around them .* got '.jpg'"),
-        ({"caption_field": ""}, "lower-case extensions .* got ''"),
-        ({"caption_field": "a/b"}, "got 'a/b'"),
-        ({"caption_field": "json."}, "got 'json.'"),
-        ({"max_image_bytes": 0}, "max_image_bytes must be at least 1, got 0"),
-        ({"max_caption_bytes": 0}, "max_caption_bytes must be at least 1, got 0"),
-        ({"max_json_bytes": 0}, "max_json_bytes must be at least 1, got 0"),
-        ({"max_json_fields": -1}, "max_json_fields must be at least 1, got -1"),
-    ],
-)
-def test_read_rules_that_cannot_hold_are_refused(rules, message):
-    with pytest.raises(ValueError, match=message):
-        ReadRules(**rules)
 
 
 def test_no_name_from_a_tar_reaches_the_file_system(monkeypatch):

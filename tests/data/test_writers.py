@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from curation.data import storage, writers
 from curation.data.open_shard import open_shard
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 from curation.data.writers import KEPT_SCHEMA, ORIGIN_SCHEMA, SUBSET_DTYPE, write_index, write_subset
 
 write_tar = partial(writers.write_tar, rules=ReadRules())

@@ -15,7 +15,7 @@ import pytest
 import ray
 from PIL import Image
 
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed.account import Summary
 from curation.distributed.embed import EmbedSpec
 from curation.distributed.pipeline import curate

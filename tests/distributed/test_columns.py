@@ -28,7 +28,8 @@ from curation.models.registry import weights_digest
 from curation.numerics.picture import laplacian_variance, plainness
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Threshold, TrainRecipe, Write
 from curation.recipe.columns import EmbeddingsRecipe, FeaturesRecipe, Network, QualityRecipe
-from curation.recipe.train import Data, Evaluate, Reference, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Evaluate, Reference, Train, Workers
 from jobs import fit
 from tests.distributed.conftest import WriteShard
 

@@ -17,7 +17,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from curation.data import storage
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.read_rules import ReadRules
+from curation.data.shards import ShardReader
 from curation.distributed.embed import ShardEmbed, best_captions
 from curation.models.clip import Towers, load_towers
 from tests.distributed.conftest import nano_spec

@@ -17,7 +17,7 @@ from PIL import Image
 from curation.data import tables
 from curation.data.manifest import OtherRun
 from curation.data.pool_rows import middle_square, read_pixels, read_pool, selected_uids
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed import diffusion_loop
 from curation.distributed.arms import choose, networks_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url

@@ -13,8 +13,9 @@ from curation import addresses
 from curation.data import manifest, offered, storage, tables
 from curation.data.images import pixels
 from curation.data.offered import OfferedShard, Rounds
+from curation.data.read_rules import ReadRules
 from curation.data.rows import StaleTable, read_rows
-from curation.data.shards import ReadRules, ShardReader
+from curation.data.shards import ShardReader
 from curation.distributed import feed
 from curation.distributed.feed import FeedSpec, ReadShare, Share, blocks, plan_step
 from curation.models.clip import load_tokenizer

@@ -15,8 +15,8 @@ import pytest
 import webdataset
 
 from curation.data import parquet_shards, shard_list, tables
+from curation.data.read_rules import ReadRules
 from curation.data.rows import StaleTable, read_rows
-from curation.data.shards import ReadRules
 from curation.distributed.pipeline import curate, make_plan
 from curation.distributed.train_plan import checked
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, TrainRecipe, Write

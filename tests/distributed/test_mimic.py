@@ -23,7 +23,8 @@ from curation.distributed.train_plan import checked, resolved
 from curation.models.classifier import build_classifier
 from curation.recipe import Select, Threshold, TrainRecipe
 from curation.recipe.columns import MimicRecipe
-from curation.recipe.train import Comparison, Data, Reference, Remember, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Comparison, Data, Reference, Remember, Train, Workers
 from jobs import fit
 from tests.distributed.test_train import ledger_of
 

@@ -11,7 +11,8 @@ import pytest
 
 from curation.distributed.pipeline import curate
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
-from curation.recipe.train import Data, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Train, Workers
 from tests.distributed.conftest import WriteShard
 
 STEPS = 150

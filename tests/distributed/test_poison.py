@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from curation.data import manifest, storage
 from curation.data.attempts import CRASHES_WORKER
-from curation.data.shards import Sample
+from curation.data.samples import Sample
 from curation.distributed import embed, pipeline, staged
 from curation.distributed.decode import Decoded
 from curation.distributed.embed import EmbedSpec, ShardEmbed

@@ -13,11 +13,12 @@ import torch
 from curation.addresses import pack
 from curation.data import tables
 from curation.data.offered import OfferedShard
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.distributed.feed import FeedSpec
 from curation.distributed.round_selection import RoundFeed, UsageBroken
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Data, Remember, Train, Weights
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Remember, Train
 from curation.selector import Rows
 
 SIZES, DROPPED = (30, 50, 20), {1: [0, 7, 49]}

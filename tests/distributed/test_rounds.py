@@ -18,7 +18,8 @@ from curation.distributed.train import train
 from curation.methods.dynamic import usage_gap
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
 from curation.recipe.columns import FactorsRecipe
-from curation.recipe.train import Data, Remember, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Remember, Train, Workers
 from tests.distributed.conftest import WriteShard
 from tests.distributed.test_train import checkpoints, go_on, ledger_of, log, start, wait_for
 

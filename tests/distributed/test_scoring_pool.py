@@ -20,7 +20,8 @@ from curation.distributed.ready_batches import Ready
 from curation.distributed.scorer import part_of
 from curation.distributed.train import train
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Data, LowResolution, Remember, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, LowResolution, Remember, Train, Workers
 from curation.training.learner import RowFlops
 from curation.training.online import Chosen
 from curation.training.picking import Picked, Stopwatch, SubBatch

@@ -20,7 +20,8 @@ from curation.distributed.selected_batches import OpenClipData, SelectedBatches
 from curation.distributed.train import train
 from curation.models.clip import build_network
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Data, LowResolution, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, LowResolution, Train, Workers
 
 WORKER = Path(__file__).parent / "selected_worker.py"
 

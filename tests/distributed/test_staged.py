@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.data import storage
+from curation.data.read_rules import ReadRules
 from curation.data.shard_list import Shard
-from curation.data.shards import ReadRules
 from curation.distributed import staged
 from curation.distributed.account import Summary
 from curation.distributed.embed import EmbedSpec, ShardEmbed

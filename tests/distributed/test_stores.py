@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.data import manifest, storage, tables
+from curation.data.read_rules import ReadRules
 from curation.data.rows import read_rows
-from curation.data.shards import ReadRules
 from curation.distributed.embed import ShardEmbed
 from curation.distributed.pipeline import curate
 from curation.distributed.train import learner_url, train
 from curation.models.clip import Towers, load_towers
 from curation.recipe import CurateRecipe, Pool, Select, Threshold, TrainRecipe
-from curation.recipe.train import Data, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Train, Workers
 from tests.distributed.conftest import jpeg, nano_spec
 
 

@@ -27,7 +27,8 @@ from curation.distributed.train import TrainSummary, TrainWatch, check, train
 from curation.ledger import Ledger
 from curation.models.clip import build_network
 from curation.recipe import TrainRecipe
-from curation.recipe.train import Data, Evaluate, Reference, Remember, Train, Weights, Workers
+from curation.recipe.parts import Weights
+from curation.recipe.train_parts import Data, Evaluate, Reference, Remember, Train, Workers
 from jobs import train as job
 
 OFFERED = 236

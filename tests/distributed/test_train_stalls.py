@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from curation.distributed.train_stalls import GRACE_S, Stall
-from curation.recipe.train import Workers
+from curation.recipe.train_parts import Workers
 
 # Reads what nobody writes: as a store that hangs.
 HANGS = """

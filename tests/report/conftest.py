@@ -19,8 +19,8 @@ from curation.addresses import pack
 from curation.columns import DROPS_SCHEMA, SELECTED_SCHEMA
 from curation.data import manifest, offered, shard_list, storage, tables
 from curation.data.open_shard import open_shard
+from curation.data.read_rules import ReadRules
 from curation.data.shard_list import Shard
-from curation.data.shards import ReadRules
 from curation.ledger import Ledger, LedgerSpec
 from curation.recipe import CurateRecipe, Pool, TrainRecipe, parse_steps
 

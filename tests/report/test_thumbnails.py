@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from curation.data import tables
-from curation.data.shards import ReadRules
+from curation.data.read_rules import ReadRules
 from curation.report import thumbnails
 from curation.report.thumbnails import SIDE, Sample, encode, samples
 from tests.report.conftest import Row, picture
