@@ -25,6 +25,10 @@ from curation.recipe import Compute
 
 NO_PROGRESS_TIMEOUT_S = 600
 GROWTH_POLL_S = 2.0
+STARTS = 3
+"""How often a Ray of our own is started: on a busy machine it may take longer than the 30 s that it gives itself."""
+LATE = "timed out during startup"
+_LOG = logging.getLogger(__name__)
 
 
 class Placement(NamedTuple):
@@ -73,14 +77,22 @@ def _start_local(num_cpus: int) -> None:
     # of its own in the home folder. Setting the mode here would come too late: Ray reads it when it is imported.
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env=logs.workers_runtime_env(),
-    )
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env=logs.workers_runtime_env(),
+            )
+            return
+        except Exception as error:  # Ray has no type for it
+            if LATE not in str(error) or not left:
+                raise
+            _LOG.warning("Ray did not start within its 30 s; once more")
+            ray.shutdown()
 
 
 def cpus_wanted(compute: Compute) -> int:

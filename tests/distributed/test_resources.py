@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import ray
 
 from curation.distributed import resources
-from curation.distributed.resources import Placement, cpus_wanted, place
+from curation.distributed.resources import Placement, cluster, cpus_wanted, place
 from curation.recipe import Compute
 
 
@@ -91,3 +94,24 @@ def test_when_the_time_is_over_what_is_there_decides(asked: list[list[dict[str, 
     with pytest.raises(ValueError, match="the cluster has no GPU"):
         place(Compute(device="cuda", actors=4, wait_for_nodes_s=1e-9), precision="auto")
     assert asked == [[{"GPU": 1.0}] * 4, []]
+
+
+@pytest.mark.parametrize(("late", "started"), [(2, True), (3, False)])
+def test_a_ray_that_is_late_to_start_is_started_again_and_given_up_in_the_end(
+    late: int, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        asked.append(options)
+        if len(asked) <= late:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # other tests' Ray may be in this process
+    refused = pytest.raises(Exception, match="timed out during startup")
+    with contextlib.nullcontext() if started else refused, cluster(num_cpus=1):
+        pass
+    assert len(asked) == 3 and {options["address"] for options in asked} == {"local"}

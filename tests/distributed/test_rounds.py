@@ -19,7 +19,7 @@ from curation.methods.dynamic import usage_gap
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe
 from curation.recipe.columns import FactorsRecipe
 from curation.recipe.parts import Weights
-from curation.recipe.train_parts import Data, Remember, Train, Workers
+from curation.recipe.train_parts import Data, Train, Workers
 from tests.distributed.conftest import WriteShard
 from tests.distributed.test_train import checkpoints, go_on, ledger_of, log, start, wait_for
 
@@ -131,27 +131,21 @@ def test_a_killed_run_goes_on_with_the_rounds_of_one_never_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["infobatch", "ucb"])
-def test_the_rivals_choose_rounds_for_a_classifier(
-    recipe_for: Callable[..., TrainRecipe], run: Path, tmp_path: Path, name: str
+def test_a_rival_chooses_rounds_of_its_own_size_for_a_classifier(
+    recipe_for: Callable[..., TrainRecipe], run: Path, tmp_path: Path
 ) -> None:
-    statistic = {"statistic": "ema", "decay": 0.8, "variance": True} if name == "ucb" else {}
     recipe = recipe_for(
         tmp_path / "out",
-        method={"name": name},
+        method={"name": "infobatch"},
         train={"num_steps": 16, "objective": "cross_entropy"},
         learner=Weights(model="linear"),
         data=Data(run=str(run), segment_rows=8, features="image_embedding", label="shard"),
-        ledger=Remember(**statistic),
     )
     assert train(recipe).failures == []
     rounds = rounds_of(tmp_path / "out")
-    if name == "infobatch":
-        # All 236 rows first, then the rows at or above the mean and half of the others.
-        assert (rounds[0]["rows"], rounds[0]["steps"], rounds[0]["left_over"]) == (236, 9, 20)
-        assert 118 < rounds[1]["rows"] < 236
-    else:
-        assert {head["rows"] for head in rounds} == {120}
+    # All 236 rows first, then the rows at or above the mean and half of the others.
+    assert (rounds[0]["rows"], rounds[0]["steps"], rounds[0]["left_over"]) == (236, 9, 20)
+    assert 118 < rounds[1]["rows"] < 236
 
 
 @pytest.mark.slow
