@@ -5,8 +5,9 @@ The paper (arXiv:2603.04981) is only partly public: every figure of the method i
 one keep fraction take equally many sample-gradients; `full, fewer steps` (D-c) spends them on the whole pool, `rs2` on
 fresh random rows. InfoBatch decides itself how many rows a round has, so at equal sample-gradients it has fewer rounds;
 `infobatch, capped` is made to keep as many as the others. InfoBatch as published ends on full rounds, no other arm
-does. The penalty is such that usage differs by less than its mean. Accuracies are of clean test labels, after the last
-step. All parts of the study run side by side; what an arm costs by the clock is measured afterwards, one at a time.
+does: `infobatch, no tail` tells what that is worth. The penalty is such that usage differs by less than its mean.
+Accuracies are of clean test labels, after the last step. All parts of the study run side by side; what an arm costs by
+the clock is measured afterwards, one at a time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ RIVALS = (
     Arm("rcap", "rcap"),
 )
 DYNAMIC = Arm(OURS, "dynamic")
+NO_TAIL = Arm("infobatch, no tail", "infobatch", {"delta": 1.0})
 MORE = (
+    NO_TAIL,
     Arm("rs2 with replacement", "rs2", {"replacement": True}),
     Arm("epsilon-greedy", "epsilon_greedy"),
     Arm("loss-greedy", "epsilon_greedy", {"epsilon": 0.0}),
@@ -253,7 +256,7 @@ def _arms(keep: float, all_arms: bool) -> list[Arm]:
     """Every arm with its keep fraction; full data and InfoBatch as it is published have none."""
     capped = Arm("infobatch, capped", "infobatch", {"kept_share": keep})
     arms = [DYNAMIC, *RIVALS, capped, *(MORE if all_arms else ())]
-    free = {"full, fewer steps", "infobatch", capped.name}
+    free = {"full, fewer steps", "infobatch", capped.name, NO_TAIL.name}
     return [arm if arm.name in free else Arm(arm.name, arm.method, arm.fields, keep) for arm in arms]
 
 
