@@ -155,6 +155,14 @@ def s3_bucket(object_store: ObjectStore) -> str:
     return object_store.new_bucket()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Playwright's Browser, a Chromium; skipped where there is none and none can be installed."""
+    from tests import chromium  # few tests need it
+
+    yield from chromium.started()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Names the tests that were not run for want of the real data."""
     not_run = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,46 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 from curation.rating import votes
 from curation.rating.database import NAME
+from tests.chromium import PATIENCE_S
 from tests.rating.conftest import COLOURS, write_image
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 45
-"""For a browser or server to start on a machine with other work."""
 KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "unsure": "ArrowDown"}
 PATTERN = ("left", "right", "unsure", "left", "left", "right")
 VIOLATION = "Content Security Policy"
-
-
-def find_chromium() -> str:
-    """The browser, as Debian has it; installed if it is not there and we may."""
-    if found := shutil.which("chromium"):
-        return found
-    if not shutil.which("apt-get") or os.geteuid() != 0:
-        pytest.skip("no Chromium, and not root on Debian to install it: apt-get install chromium")
-    command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.skip("no Chromium: `apt-get install chromium` took more than 300 s")
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.skip(f"no Chromium, and `apt-get install chromium` failed: {done.stderr.strip()[-200:]}")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = find_chromium()
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox"], timeout=1000 * PATIENCE_S
-        )
-        yield started
-        started.close()
 
 
 class Server:
