@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import tyro
 
@@ -28,6 +28,7 @@ from jobs import log
 from jobs.exit_codes import EXIT_FAILED, EXIT_IN_USE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Part)
+AnyPart = TypeVar("AnyPart", bound=Part)
 Recipes = Mapping[str, Callable[[], AnyRecipe]]
 
 
@@ -67,7 +68,7 @@ class Command(NamedTuple):
         try:
             stop = Stop(max_hours=known.max_hours)
             start = load_recipe(known.recipe, recipes=recipes, recipe_type=recipe_type)
-            recipe = tyro.cli(recipe_type, prog=f"{program} {known.recipe}", default=start, args=rest)
+            recipe = parsed(recipe_type, start, rest, program=f"{program} {known.recipe}")
             if known.dry_run:
                 dry_run(recipe)
                 print("dry run: nothing was touched")
@@ -83,6 +84,52 @@ class Command(NamedTuple):
         except (OSError, ActorsFailed, TrainFailed) as error:
             told = f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on."
             return _failed(EXIT_FAILED, told)
+
+
+def parsed(recipe_type: type[AnyRecipe], start: AnyRecipe, arguments: list[str], *, program: str) -> AnyRecipe:
+    """The recipe with what the flags say. SystemExit as argparse has it, ValueError if the fields do not fit together.
+
+    A part that may be None, such as `reference.weights`, is there as soon as one of its flags is; tyro by itself wants
+    a subcommand for it, which may be given too (`reference.weights:none`).
+    """
+    flags = [argument.replace("_", "-") for argument in arguments]
+    wanted = {path for path in _optional_parts(start) if {"-h", "--help"} & {*flags} or _names_field_of(path, flags)}
+    return tyro.cli(
+        recipe_type,
+        prog=program,
+        default=_with_parts(start, wanted),
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,) if wanted else (),
+    )
+
+
+def _names_field_of(path: str, flags: list[str]) -> bool:
+    return any(flag.startswith(f"--{path}.") for flag in flags)
+
+
+def _optional_parts(part: Part, prefix: str = "") -> dict[str, type[Part]]:
+    """Paths of the parts that may be None and have flags, and what they are then; those read as JSON have none."""
+    found: dict[str, type[Part]] = {}
+    for name, field in type(part).model_fields.items():
+        path, value = f"{prefix}{name.replace('_', '-')}", getattr(part, name)
+        kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Part)]
+        if type(None) in get_args(field.annotation) and kinds and not field.metadata:
+            found[path] = kinds[0]
+        if isinstance(value, Part):
+            found |= _optional_parts(value, f"{path}.")
+    return found
+
+
+def _with_parts(part: AnyPart, wanted: set[str], prefix: str = "") -> AnyPart:
+    """The same, with defaults for the wanted parts that are None."""
+    kinds, changes = _optional_parts(part), {}
+    for name in type(part).model_fields:
+        path, value = f"{prefix}{name.replace('_', '-')}", getattr(part, name)
+        if isinstance(value, Part):
+            changes[name] = _with_parts(value, wanted, f"{path}.")
+        elif path in wanted:
+            changes[name] = kinds[name.replace("_", "-")]()
+    return part.model_copy(update=changes)
 
 
 def _failed(code: int, message: str) -> int:

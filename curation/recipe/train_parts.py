@@ -35,7 +35,8 @@ class Reference(Part):
     columns: str = ""
     """The piece that holds its embeddings (`jobs.fit embeddings`); none named: those that `jobs.curate` made."""
     weights: Weights | None = None
-    """If given: the columns must be this model's, or with `online` this model embeds each super-batch."""
+    """None unless one of its flags is given. Then the columns must be this model's, or with `online` this model embeds
+    each super-batch."""
     online: bool = False
     """Embed each super-batch with the reference again instead of reading its columns: a forward pass for each row."""
 

@@ -5,7 +5,8 @@ import pytest
 
 from curation.columns import FORMAT_VERSION
 from curation.recipe import CurateRecipe, Select, Threshold, TrainRecipe
-from jobs.command import load_recipe
+from curation.recipe.parts import Weights
+from jobs.command import load_recipe, parsed
 from jobs.recipes import CURATE, DIFFUSION, TRAIN, straw_men
 
 load = partial(load_recipe, recipes=CURATE, recipe_type=CurateRecipe)
@@ -124,3 +125,25 @@ def test_the_recipe_lightly_is_the_articles_set_up() -> None:
         0.995,
         10,
     )
+
+
+def train_recipe(*flags: str) -> TrainRecipe:
+    return parsed(TrainRecipe, TRAIN["small"](), list(flags), program="jobs.train small")
+
+
+def test_a_part_that_is_none_by_default_is_there_once_one_of_its_flags_is() -> None:
+    assert train_recipe().reference.weights is None
+    given = train_recipe("--reference.online", "--reference.weights.checkpoint", "a.pt", "--seed", "3")
+    assert given.reference.weights is not None and given.reference.weights.checkpoint == "a.pt"
+    assert given.reference.online and given.seed == 3
+    assert train_recipe("--reference.weights.seed=4").reference.weights == Weights(seed=4)
+    saved = parsed(TrainRecipe, given, ["--reference.weights.model", "nano"], program="jobs.train recipe.json")
+    assert saved.reference.weights == given.reference.weights.model_copy(update={"model": "nano"})
+    offline = ["--reference.no-online", "reference.weights:none"]
+    assert parsed(TrainRecipe, given, offline, program="jobs.train recipe.json").reference.weights is None
+
+
+def test_the_flags_of_a_part_that_is_none_by_default_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_recipe("--help")
+    assert "--reference.weights.checkpoint" in capsys.readouterr().out
