@@ -125,12 +125,13 @@ def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
     print(note)
     table = table_of(study.arms)
     _print(table)
+    steps = [f"{recipe.steps:,} steps", *(f"{arm.name} {arm.steps:,}" for arm in recipe.all_arms() if arm.steps)]
     told = page(
         f"Diffusion study: {recipe.name}",
         {**samples_of(recipe, study.arms), REAL: real_images(recipe)},
         table=table,
         legend=LEGEND,
-        notes=[note, f"{recipe.steps:,} steps each, but for arms with steps of their own: {', '.join(recipe.arms)}"],
+        notes=[note, "; ".join(steps)],
         warnings=study.warnings,
     )
     url = storage.join(storage.absolute(recipe.output), "samples.html")

@@ -69,15 +69,25 @@ def _against_lightly(name: str, rows: int, keep: int, *, pairs: int) -> dict[str
     figures = interleaved(lambda: run("ours"), lambda: run("lightly"), pairs=pairs)
     ratio = paired_ratio([(theirs, ours) for ours, theirs in figures])
     ours, theirs = (np.array(told[side][0].pop("result")) for side in ("ours", "lightly"))
-    same = float(np.abs(ours - theirs).max()) if name == "typicality" else float((ours == theirs).mean())
+    agreement = (
+        {"largest_difference": float(np.abs(ours - theirs).max())} if name == "typicality" else agree(ours, theirs)
+    )
     for side in told.values():
         for once in side:
             once.pop("result", None)
-    agreement = {"largest_difference": same} if name == "typicality" else {"same_picks": same}
     print(
         f"{name} {rows:,} x {WIDTH}: lightly-mundig / ours, CPU seconds: {ratio} (target {TARGETS[name]}); {agreement}"
     )
     return {"speedup": ratio._asdict(), **agreement, **told}
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Of two sequences of picks: how many are equal before the first that differs, and the share that both chose."""
+    differ = np.flatnonzero(ours != theirs)
+    return {
+        "equal_before_first_difference": int(differ[0]) if len(differ) else len(ours),
+        "chosen_by_both": len({*ours.tolist()} & {*theirs.tolist()}) / len(ours),
+    }
 
 
 def _coverage(rows: int, keep: int) -> dict[str, Any]:
