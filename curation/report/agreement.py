@@ -19,7 +19,7 @@ from curation.evaluation.correlation import over_seeds, spearman_matrix
 from curation.methods.typicality import Typicality
 from curation.numerics.intervals import Interval
 from curation.numerics.sampling import uid_words
-from curation.report.folder import CurationRun, TrainingRun, load, remembered
+from curation.report.folder import CurationRun, TrainingRun, load, remembered, scored_by
 from curation.report.scan import scan
 
 BETWEEN_RUNS = "+"
@@ -67,7 +67,8 @@ def scores_of(seed: str, *, typicality: str | None = None) -> dict[str, np.ndarr
         memory = remembered(run)
         if memory is None or run.recipe.get("data", {}).get("run") != curated[0].url:
             raise ValueError(f"{run.url} has no ledger on disk, or was not trained on {curated[0].url}")
-        beside[str(run.recipe["method"]["name"])] = memory.scores_of
+        name, read = scored_by(run, memory)
+        beside[name] = read
     found = scan(curated[0].url, curated[0].numbers, steps=(), beside=beside)
     of_vectors = {} if typicality is None else {"typicality": _typicality(curated[0], typicality, found.addresses)}
     return {**found.scores, **of_vectors}

@@ -6,7 +6,7 @@ not hold is None or empty, never an error, so that a run which was stopped half 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.addresses import pack
-from curation.data import manifest, offered, shard_list, storage
+from curation.addresses import pack, row_of, shard_of
+from curation.data import manifest, offered, score_log, shard_list, storage
 from curation.data.pieces import Pieces
 from curation.data.shard_list import Shard
 from curation.ledger import Ledger, LedgerSpec
+from curation.methods import load_selector
 
 EMBED_STAGE = "embed"
 WHOLE_SELECTION = -1
@@ -179,6 +180,26 @@ class Remembered:
             return np.zeros(0, np.float32)
         ledger = self.ledgers[self.owners[number]]
         return ledger.read(ledger.names[0], pack(number, np.arange(size)))["ledger_value"]
+
+
+def scored_by(run: TrainingRun, memory: Remembered) -> tuple[str, Callable[[int], np.ndarray]]:
+    """What a run's method scored each row last: its name, and shard number -> its rows' values (n,), NaN where none.
+
+    The ledger of a method that compares losses keeps those. Then the scores are the score log's, if the run kept one;
+    else the name says that they are losses.
+    """
+    method = run.recipe.get("method", {})
+    name = str(method.get("name"))
+    if not method or getattr(load_selector(**method), "records", "score") == "score":
+        return name, memory.scores_of
+    if not storage.names_in(score_log.folder_of(run.url)):
+        return f"{name}'s loss", memory.scores_of
+    last = {number: np.full(size, np.nan, np.float32) for number, size in enumerate(memory.sizes.tolist()) if size}
+    for step in score_log.read_steps(run.url):
+        numbers, rows = shard_of(step.addresses), row_of(step.addresses)
+        for number in np.unique(numbers).tolist():
+            last[number][rows[numbers == number]] = step.scores[numbers == number]
+    return name, lambda number: last.get(number, np.zeros(0, np.float32))
 
 
 def remembered(run: TrainingRun) -> Remembered | None:

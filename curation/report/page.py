@@ -65,9 +65,10 @@ def report(urls: Sequence[str], wanted: Wanted) -> str:
             safety=wanted.safety,
             group_by=wanted.group_by,
             beside={
-                f"{_method_of(each)} ({each.label})": memories[each.url].scores_of
+                f"{name} ({each.label})": read
                 for each in trained
                 if each.url in memories and pools.get(each.url) is run and _method_of(each) != "uniform"
+                for name, read in [folder.scored_by(each, memories[each.url])]
             },
             with_images=wanted.with_images,
             max_image_bytes=IMAGE_BYTES // max(1, len(curated)),

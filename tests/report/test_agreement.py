@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from curation.addresses import pack
 from curation.data import tables
+from curation.data.score_log import LoggedStep, ScoreLog
 from curation.report.agreement import agreement
 from jobs import correlation
 from tests.report.conftest import Row
@@ -28,6 +30,20 @@ def test_scores_of_tables_and_ledgers_agree_as_computed_by_hand(write_run, write
     assert correlation.main([*seeds, "--json", str(tmp_path / "x.json")]) == 0
     assert "-1.000 ± 0.000" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text())["by_seed"][1][0][2] == pytest.approx(0.8)
+
+
+def test_losses_are_not_told_as_scores_unless_the_run_logged_its_scores(write_run, write_training) -> None:
+    run = write_run("run", [[Row(score=score) for score in (1.0, 2.0, 3.0)]])
+    rho = write_training("rho", [0.5], method="rho", data_run=run, usage=[1, 0, 0])
+    assert agreement([f"{run}+{rho}"] * 2).scores == ["clip_score", "rho's loss"]
+    log = ScoreLog(str(rho), rank=0, attempt=1)
+    for step, scores in enumerate(([9.0, 9.0, 9.0], [-1.0, -2.0, -3.0]), start=1):
+        values = np.array(scores, np.float32)
+        log.add(LoggedStep(step, pack(0, np.arange(3)), values, np.ones(3, np.float32)))
+    log.flush()
+    found = agreement([f"{run}+{rho}"] * 2)
+    cell = found.pairs[0][1]
+    assert found.scores == ["clip_score", "rho"] and cell is not None and cell.mean == pytest.approx(-1.0)
 
 
 def test_typicality_is_one_more_score_and_scores_may_be_chosen(write_run, capsys) -> None:
