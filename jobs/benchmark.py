@@ -38,6 +38,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from curation.distributed.stopping import Interrupted
 from jobs.benchmarks import (
     ablate,
     agreement,
@@ -69,6 +70,7 @@ from jobs.benchmarks import (
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
+from jobs.command import was_stopped
 
 
 def _ledger(*, pairs: int, tiny: bool) -> dict[str, Any]:
@@ -133,7 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{', '.join(taken)}: no benchmark for --{idle[0].replace('_', '-')}")
     if given.tiny:
         given.pairs = given.seeds = 1
-    figures = {name: BENCHMARKS[name](**{flag: getattr(given, flag) for flag in taken[name]}) for name in taken}
+    try:
+        figures = {name: BENCHMARKS[name](**{flag: getattr(given, flag) for flag in taken[name]}) for name in taken}
+    except Interrupted as error:
+        return was_stopped(error)
     if given.json:
         told = figures if len(figures) > 1 else next(iter(figures.values()))
         given.json.write_text(json.dumps(told, indent=1) + "\n")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_args
+from typing import NamedTuple, Protocol, TypeVar, get_args
 
 import tyro
 
@@ -80,7 +80,7 @@ class Command(NamedTuple):
         except ValueError as error:  # pydantic's ValidationError is one
             return _failed(EXIT_USAGE, f"error: {error}")
         except Interrupted as error:
-            return _failed(EXIT_STOPPED, f"stopped: {error}. What is committed stays: run again to go on.")
+            return was_stopped(error)
         except (OSError, ActorsFailed, TrainFailed) as error:
             told = f"error: {type(error).__name__}: {error}\nWhat is committed stays: run again to go on."
             return _failed(EXIT_FAILED, told)
@@ -135,6 +135,29 @@ def _with_parts(part: AnyPart, wanted: set[str], prefix: str = "") -> AnyPart:
 def _failed(code: int, message: str) -> int:
     log.say(message, level=logging.ERROR, exit_code=code)
     return code
+
+
+def was_stopped(error: Interrupted) -> int:
+    """The exit code of a job that was stopped, which is said."""
+    return _failed(EXIT_STOPPED, f"stopped: {error}. What is committed stays: run again to go on.")
+
+
+class Account(Protocol):
+    """What any run's account says of its end."""
+
+    @property
+    def failures(self) -> list[str]: ...
+
+    @property
+    def stopped(self) -> str | None: ...
+
+
+def ended(run: Account, *, of: str) -> None:
+    """For a job that goes on from a run's end: RuntimeError if it failed, Interrupted if it was stopped before."""
+    if run.failures:
+        raise RuntimeError(f"{of}: {run.failures[0]}")
+    if run.stopped:
+        raise Interrupted(f"{run.stopped}, in {of}")
 
 
 def exit_code(failures: list[str], stopped: str | None) -> int:

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.distributed.pipeline import curate
+from curation.distributed.stopping import Interrupted
 from curation.distributed.train import train
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select
 from curation.report.curves import Curve, draw
 from curation.report.page import Wanted
 from curation.training.step import StepReport
-from jobs.command import EXIT_OK, exit_code
+from jobs.command import EXIT_OK, ended, exit_code, was_stopped
 from jobs.curate import Progress, print_summary
 from jobs.demo_pool import DemoPool, make_pool
 from jobs.demo_race import METRIC, SUB_BATCH, race_recipe, write_held_out, write_mismatched
@@ -49,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--race-steps", type=int, default=NUM_RACE_STEPS, help=f"steps of the race ({NUM_RACE_STEPS})")
     parser.add_argument("--no-race", action="store_true", help="stop after the curated set")
     known = parser.parse_args(arguments)
+    try:
+        return _demo(known)
+    except Interrupted as error:
+        return was_stopped(error)
+
+
+def _demo(known: argparse.Namespace) -> int:
     begun = time.time()
     pool = _pool(known.folder / "pool", samples=known.samples)
     checkpoint = _reference(known.folder, num_pairs=known.reference_pairs, num_steps=known.reference_steps)
@@ -117,8 +125,7 @@ def race(folder: Path, pool: DemoPool, *, samples: int, num_steps: int) -> list[
             sub_batch=min(SUB_BATCH, samples // 10),
         )
         summary = train(recipe)
-        if summary.failures:
-            raise RuntimeError(f"{method}: {summary.failures[0]}")
+        ended(summary, of=method)
         runs.append(Path(recipe.output))
         noted = runs[-1] / "train"
         curves.append(Curve(method, [pq.read_table(noted / "evaluations.parquet")], {}))

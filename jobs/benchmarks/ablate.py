@@ -35,6 +35,7 @@ from curation.selector import Rows
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.race import interval, show
 from jobs.benchmarks.tracks import FEATURES, REFERENCE, TRACKS, Track, add_reference
+from jobs.command import ended
 from jobs.demo_race import NUM_STEPS, SUB_BATCH
 
 CHUNKS = (1, 2, 4, 8, 16, 32)
@@ -106,8 +107,7 @@ def _rows_in_mid_run(on: Track, folder: Path, *, num_steps: int) -> Rows:
     embeddings = EmbeddingsRecipe(
         run=run, column=column, weights=weights, features=FEATURES, compute=Compute(device="cpu")
     )
-    if failures := add_columns(embeddings).failures:
-        raise RuntimeError(failures[0])
+    ended(add_columns(embeddings), of=f"column {column}")
     return {
         name: value
         for prefix, piece in (("", column), ("reference_", REFERENCE))
@@ -232,8 +232,7 @@ def _end(on: Track, folder: Path, name: str, arm: Arm, *, ratio: float, num_step
 
 def _done(recipe: Any) -> pa.Table:
     """The evaluations of a run; one that is done is not done again."""
-    if failures := train(recipe).failures:
-        raise RuntimeError(f"{recipe.name}: {failures[0]}")
+    ended(train(recipe), of=recipe.name)
     return pq.read_table(Path(recipe.output) / "train" / "evaluations.parquet")
 
 

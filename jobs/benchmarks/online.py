@@ -43,6 +43,7 @@ from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.parts import once
 from jobs.benchmarks.race import interval, show
 from jobs.benchmarks.tracks import Track, demo_size, demo_track
+from jobs.command import ended
 from jobs.demo_race import NUM_STEPS
 
 LOW = LowResolution(patch_size=16)
@@ -135,8 +136,7 @@ def _end(on: Track, folder: Path, name: str, *, tiny: bool, num_steps: int, seed
     recipe = POOLS[arm.pool](recipe, folder, num_pairs=demo_size(tiny=tiny).pairs)
     for change in arm.changes:
         recipe = change(recipe)
-    if failures := train(TrainRecipe.model_validate(recipe.model_dump())).failures:
-        raise RuntimeError(f"{name}, seed {seed}: {failures[0]}")
+    ended(train(TrainRecipe.model_validate(recipe.model_dump())), of=f"{name}, seed {seed}")
     evaluations = pq.read_table(output / "train" / "evaluations.parquet")
     steps = pq.read_table(output / "train" / "steps.parquet")
     towers = load_towers(recipe.learner.model, checkpoint=learner_url(recipe.output))

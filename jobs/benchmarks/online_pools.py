@@ -13,6 +13,7 @@ from curation.data import manifest
 from curation.distributed.pipeline import curate
 from curation.recipe import CurateRecipe, TrainRecipe
 from jobs.benchmarks.tracks import Pair, write_pairs
+from jobs.command import ended
 from jobs.demo_scenes import make_pairs
 
 
@@ -50,7 +51,6 @@ def _on(recipe: TrainRecipe, shards: str, run: Path, *, truth: str | None) -> Tr
         "write": own.write.model_copy(update={"tars": False}),
         "output": str(run),
     }
-    if failures := curate(own.model_copy(update=changed)).failures:
-        raise RuntimeError(failures[0])
+    ended(curate(own.model_copy(update=changed)), of=run.name)
     data = recipe.data.model_copy(update={"run": str(run), "truth": truth})
     return recipe.model_copy(update={"data": data})

@@ -24,6 +24,7 @@ from curation.report.curves import Curve, draw
 from curation.training.flops import TRAINING_PASS, jest_step
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.tracks import TRACKS, Track
+from jobs.command import ended
 from jobs.demo_race import FILTER_RATIO, NUM_STEPS
 
 TARGET_STEPS_SHARE, TARGET_POINTS, TARGET_MISMATCHED = 0.25, 0.15, 0.15
@@ -75,8 +76,7 @@ def _arms(num_steps: int, on: Track) -> dict[str, tuple[str, int]]:
 def _run(recipe: TrainRecipe) -> pa.Table:
     """The evaluations of one run; one that is done is not done again."""
     print(f"{recipe.name}, seed {recipe.seed}, {recipe.train.num_steps} steps ...", flush=True)
-    if failures := train(recipe).failures:
-        raise RuntimeError(f"{recipe.name}, seed {recipe.seed}: {failures[0]}")
+    ended(train(recipe), of=f"{recipe.name}, seed {recipe.seed}")
     return pq.read_table(Path(recipe.output) / "train" / "evaluations.parquet")
 
 

@@ -27,6 +27,7 @@ import torch
 
 from curation.distributed.columns import add_columns
 from curation.distributed.pipeline import curate
+from curation.distributed.stopping import Interrupted
 from curation.distributed.train import learner_url, train
 from curation.models.clip import build_network
 from curation.recipe import Compute, CurateRecipe, Embed, Pool, TrainRecipe, Write
@@ -36,8 +37,10 @@ from curation.recipe.train_parts import Data, Evaluate, Reference, Train, Worker
 from curation.training.flops import TRAINING_PASS, tower_flops
 from jobs import demo, demo_reference
 from jobs.benchmarks.real_data import TFLITE, real_data, tar_samples
+from jobs.command import ended
 from jobs.demo_pool import make_pool
 from jobs.demo_race import METRIC, NUM_STEPS, SUB_BATCH, race_recipe, write_held_out, write_mismatched
+from jobs.exit_codes import EXIT_STOPPED
 
 FEATURES, REFERENCE = "mobilenet", "reference"
 LEARNING_RATE, WARMUP = 2e-3, 0.1
@@ -115,7 +118,10 @@ def demo_track(folder: Path, *, tiny: bool) -> Track:
     arguments = ["--samples", samples, "--reference-pairs", pairs, "--reference-steps", steps]
 
     def prepare() -> None:
-        if demo.main(["--folder", str(folder), "--no-race", *map(str, arguments)]):
+        code = demo.main(["--folder", str(folder), "--no-race", *map(str, arguments)])
+        if code == EXIT_STOPPED:
+            raise Interrupted("in the demo")
+        if code:
             raise RuntimeError("the demo failed, its message is above")
 
     make_pool(folder / "pool", samples=samples)
@@ -253,23 +259,20 @@ def _featured(folder: Path, split: str, pairs: Callable[[], Iterable[Pair]], run
         write=Write(tars=False),
         output=str(run),
     )
-    if failures := curate(curated).failures:
-        raise RuntimeError(failures[0])
+    ended(curate(curated), of=f"the curation of {split}")
     network = Network(library="tflite", model=str(real_data() / TFLITE))
     _add(FeaturesRecipe(run=str(run), column=FEATURES, network=network, batch_size=1, compute=Compute(device="cpu")))
 
 
 def add_reference(recipe: TrainRecipe, run: str, *, column: str) -> None:
     """Train a reference, and add its embeddings of another run's samples to that run."""
-    if failures := train(recipe).failures:
-        raise RuntimeError(failures[0])
+    ended(train(recipe), of=recipe.name)
     weights = Weights(model=recipe.learner.model, checkpoint=learner_url(recipe.output))
     _add(EmbeddingsRecipe(run=run, column=column, weights=weights, features=FEATURES, compute=Compute(device="cpu")))
 
 
 def _add(recipe: ColumnsRecipe) -> None:
-    if failures := add_columns(recipe).failures:
-        raise RuntimeError(failures[0])
+    ended(add_columns(recipe), of=f"column {recipe.column}")
 
 
 def write_pairs(folder: Path, pairs: Iterable[Pair], *, name: str) -> Path:
