@@ -71,6 +71,7 @@ from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
 from jobs.command import was_stopped
+from jobs.demo_race import NUM_STEPS
 
 
 def _ledger(*, pairs: int, tiny: bool) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("track", "the pool it is run on (demo)", choices=sorted(TRACKS), default="demo")
     flag("tracks", "the pools (all)", nargs="+", choices=["planted", *POOL_TRACKS])
     flag("arms", "the arms to run (all)", nargs="+")
+    flag("steps", "of each run (300)", type=int, default=NUM_STEPS)
     flag("processes", "side by side, one thread each (as many as CPUs)", type=int, default=0)
     flag("folder", "where the runs go, or are (out/race)", type=Path, default=Path("out/race"))
     flag("actors", "sizes of the actor pool (1 2 4 8 16 32 64)", type=int, nargs="+")

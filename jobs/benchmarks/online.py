@@ -94,20 +94,23 @@ ARMS = {
 TINY_ARMS = ("uniform", "flexi", "pool, age 4 to 7", "curated set")
 
 
-def benchmark(*, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = None) -> dict[str, Any]:
+def benchmark(
+    *, seeds: int, tiny: bool, folder: Path, arms: list[str] | None = None, steps: int = NUM_STEPS
+) -> dict[str, Any]:
     """All figures; a run that is in `folder` already is not done again. `arms` names those to run, all by default."""
     names = list(TINY_ARMS if tiny else ARMS) if arms is None else arms
     if unknown := sorted(set(names) - ARMS.keys()):
         raise ValueError(f"unknown arms {unknown}; there are {sorted(ARMS)}")
-    num_steps = 12 if tiny else NUM_STEPS
+    num_steps = 12 if tiny else steps
+    runs = folder / f"online-{num_steps}"
     with cluster(num_cpus=2):
         on = demo_track(folder / "demo", tiny=tiny)
         ends: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for seed in range(seeds):  # one after the other, so that a study that is cut short has all arms
             for name in names:
+                run = f"{_file_name(name)}-{seed}"
                 of = {"tiny": tiny, "num_steps": num_steps, "seed": seed}
-                note = folder / "online" / f"{'tiny-' if tiny else ''}{_file_name(name)}-{seed}.json"
-                ends[name].append(once(note, partial(_end, on, folder, name, **of)))
+                ends[name].append(once(runs / f"{run}.json", partial(_end, on, folder, name, runs / run, **of)))
     with cluster(num_cpus=max(ACTORS)):
         served = throughput((1, 2) if tiny else ACTORS, steps=6 if tiny else SERVED_STEPS)
     figures = _figures(ends)
@@ -128,10 +131,11 @@ def _file_name(arm: str) -> str:
     return arm.replace(", ", "-").replace(" ", "-")
 
 
-def _end(on: Track, folder: Path, name: str, *, tiny: bool, num_steps: int, seed: int) -> dict[str, float]:
+def _end(
+    on: Track, folder: Path, name: str, output: Path, *, tiny: bool, num_steps: int, seed: int
+) -> dict[str, float]:
     """How one run ended, and what its steps cost; shares in [0, 1], seconds and FLOPs."""
     arm = ARMS[name]
-    output = folder / "online" / f"{_file_name(name)}-{seed}"
     recipe = on.run(output, method=arm.method, filter_ratio=arm.filter_ratio, num_steps=num_steps, seed=seed)
     recipe = POOLS[arm.pool](recipe, folder, num_pairs=demo_size(tiny=tiny).pairs)
     for change in arm.changes:
