@@ -33,7 +33,7 @@ from curation.numerics.gradients import (
     towards,
 )
 from curation.selector import Rows
-from curation.training.flops import forward_flops
+from curation.training.flops import forward_flops, tangent_flops
 from curation.training.learner import Kept, RowFlops, WeightScope, autocast, check_finite
 from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
 from curation.training.step import (
@@ -88,7 +88,7 @@ class ClassifierLearner:
     def rows(self, block: Rows, needs: frozenset[str]) -> Rows:
         """Each row's cross-entropy under learner and reference, its mimic score, the factors of its head gradient."""
         made: list[Rows] = []
-        if needs & OF_THE_HEAD:
+        if self._seen_plainly(needs):
             direction = self._direction() if "mimic_score" in needs else {}
             with torch.no_grad(), autocast(self._device, self.precision):
                 for images, labels in self._batches(block):
@@ -97,13 +97,13 @@ class ClassifierLearner:
                     losses = F.cross_entropy(logits, labels, reduction="none")
                     made.append(self._of_the_head(seen, logits, losses, labels, direction, needs))
         rows = {name: torch.cat([part[name] for part in made]) for name in (made[0] if made else {})}
-        if "mimic_score" in needs and self.mimic_layer != HEAD:
+        if self._is_moved(needs):
             rows["mimic_score"] = self.mimic_scores(block)
         return self._checked(rows | self._reference_rows(block, needs))
 
     def keep(self, model: nn.Module, block: Rows, needs: frozenset[str]) -> Kept | None:
         """The columns and the step of one forward pass; None if the mimic layer is another than the head's weight."""
-        if not needs & OF_THE_HEAD or ("mimic_score" in needs and self.mimic_layer != HEAD):
+        if not needs & OF_THE_HEAD or self._is_moved(needs):
             return None
         images, labels = (block[name].to(self._device) for name in self.inputs)
         if next(self.network.tower.parameters(), None) is None:
@@ -181,6 +181,14 @@ class ClassifierLearner:
         if "head_input" in needs:
             rows["head_input"] = seen_nF.float()
         return rows
+
+    def _is_moved(self, needs: frozenset[str]) -> bool:
+        """The mimic score takes a pass with tangents, for its layer is another than the head's weight."""
+        return "mimic_score" in needs and self.mimic_layer != HEAD
+
+    def _seen_plainly(self, needs: frozenset[str]) -> bool:
+        """A column comes of a plain pass and the head."""
+        return bool(needs & (OF_THE_HEAD - {"mimic_score"} if self._is_moved(needs) else OF_THE_HEAD))
 
     def _checked(self, rows: Rows) -> Rows:
         for name, what in (("learner_loss", "losses"), ("mimic_score", "mimic scores")):
@@ -289,12 +297,16 @@ class ClassifierLearner:
         return selected["reference_loss"].mean().item() if "reference_loss" in selected else None
 
     def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
-        """The whole classifier's; the reference's only where its loss is needed: a mimic score takes its weights."""
+        """The whole classifier's, with tangents where a mimic score takes a pass of its own; the reference's only
+        where its loss is needed: a mimic score takes its weights."""
         first = block[self.images][:1]
         is_run = self.reference is not None and "reference_loss" in needs
-        flops = float(forward_flops(self.network, first))
+        scoring = flops = float(forward_flops(self.network, first))
+        if self._is_moved(needs):
+            layer = layer_of(self.network, self.mimic_layer)
+            scoring = tangent_flops(self.network, layer, first) + (flops if self._seen_plainly(needs) else 0.0)
         return RowFlops(
-            scoring=flops,
+            scoring=scoring,
             training=flops,
             reference=float(forward_flops(self.reference, first)) if is_run and self.reference else 0.0,
         )

@@ -31,7 +31,7 @@ from curation.training.learner import (
     check_finite,
 )
 from curation.training.mimic import Alignment, check_fits, cosine_of, layer_of, replaced
-from curation.training.mimic_pairs import pair_mimic_scores
+from curation.training.mimic_pairs import pair_mimic_flops, pair_mimic_scores
 from curation.training.scoring import embed_rows, losses_in_super_batch
 from curation.training.step import Distillation, PairBatch, StepReport, contrastive_step
 
@@ -235,7 +235,7 @@ class ContrastiveLearner:
         return losses.mean().item()
 
     def flops(self, block: Rows, needs: frozenset[str]) -> RowFlops:
-        """Both towers'."""
+        """Both towers'; a mimic score's pass, which carries tangents, in place of the plain one or beside it."""
         tokens, size = block["tokens"][:1], self.network.preprocess.size
         # Where candidates come as smaller images there is none in full.
         images = block[self.images][:1] if self.images in block else _blank_image(size)
@@ -244,9 +244,13 @@ class ContrastiveLearner:
         if self.low is not None:
             low = sum(tower_flops(self.network, block[self.low.images][:1], tokens, patch_size=self.low.patch_size))
             share = self.low.share
+        scoring = low
+        if "mimic_score" in needs:
+            plain = low if needs & (LEARNER_COLUMNS - {"mimic_score"}) else 0
+            scoring = plain + pair_mimic_flops(self.network, images, tokens, layer=self.mimic_layer)
         towers = None if self.reference is None else self.reference.towers
         return RowFlops(
-            scoring=low,
+            scoring=scoring,
             training=share * low + (1 - share) * full,
             reference=0.0 if towers is None else sum(tower_flops(towers.network, images, tokens)),
         )

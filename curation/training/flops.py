@@ -12,12 +12,13 @@ caller's to add.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 from torch.utils.flop_counter import FlopCounterMode
 
 from curation.models.clip import ClipNetwork
@@ -59,6 +60,24 @@ def forward_flops(network: nn.Module, inputs: Tensor) -> int:
         raise ValueError("forward_flops needs a row, got none")
     hollow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
     return _count(hollow, inputs.to("meta")) // len(inputs)
+
+
+def tangent_flops(network: nn.Module, layer: Iterable[str], inputs: Tensor) -> int:
+    """FLOPs per row of a forward pass that carries the tangents of the parameters named in `layer`, counted alike.
+
+    ValueError if there is no row.
+    """
+    if not len(inputs):
+        raise ValueError("tangent_flops needs a row, got none")
+    hollow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+    parameters = dict(hollow.named_parameters())
+    own = {name: parameters[name] for name in layer}
+
+    def moved(rows: Tensor) -> Tensor:
+        return jvp(lambda at: functional_call(hollow, at, (rows,)), (own,), (own,))[1]
+
+    one = inputs[:1].to("meta")
+    return _count(moved, torch.cat([one, one])) - _count(moved, one)
 
 
 def _count(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> int:

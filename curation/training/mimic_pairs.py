@@ -23,6 +23,7 @@ from curation.models.clip import ClipNetwork
 from curation.numerics.contrastive import Batch, load_objective
 from curation.numerics.gradients import towards
 from curation.training.collectives import gather, ranks
+from curation.training.flops import forward_flops, tangent_flops
 from curation.training.mimic import layer_of
 
 IMAGE_TOWER = "visual."
@@ -67,6 +68,17 @@ def pair_mimic_scores(
     scalars = Moved(scale.detach(), scale.detach() * turn), Moved(bias.detach(), shift)
     image, text = sides
     return -_loss_derivative(image, text, *scalars, objective=objective, block_rows=block_rows)
+
+
+def pair_mimic_flops(network: ClipNetwork, images: Tensor, tokens: Tensor, *, layer: str) -> int:
+    """FLOPs per pair of the towers' passes in `pair_mimic_scores`, counted as `tower_flops` does."""
+    names = list(layer_of(network.clip, layer))
+    towers = (images, _is_of_images, ClipNetwork.embed_images), (tokens, _is_of_texts, ClipNetwork.embed_texts)
+    total = 0
+    for rows, is_own, embed in towers:
+        own, side = [f"network.clip.{name}" for name in names if is_own(name)], _Embeds(network, embed)
+        total += tangent_flops(side, own, rows) if own else forward_flops(side, rows)
+    return total
 
 
 def _moved(

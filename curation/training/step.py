@@ -74,7 +74,10 @@ class PairBatch(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a step saw, all of it before the weights changed; of the whole batch, but for `losses`."""
+    """What a step saw, all of it before the weights changed; of the whole batch, but for `losses`.
+
+    Losses are the objective's, without the part that a distillation adds, so that runs with and without it compare.
+    """
 
     loss: float  # mean of weight * loss
     mean_loss: float  # mean of loss
@@ -219,8 +222,9 @@ def _backward(
     if world_size > 1:
         within = Batch(gather_with_gradient(image_nD), gather_with_gradient(text_nD), rank * len(image_nD))
     losses = objective(image_nD, text_nD, logit_scale=logit_scale, logit_bias=logit_bias, within=within)
+    trained = losses
     if distillation is not None:
-        losses = losses + distillation.share * softmax_distillation(
+        trained = losses + distillation.share * softmax_distillation(
             image_nD,
             text_nD,
             logit_scale=logit_scale,
@@ -228,7 +232,7 @@ def _backward(
             reference_scale=distillation.logit_scale,
             within=within,
         )
-    backward_weighted(losses, weights, weighted=weighted)
+    backward_weighted(trained, weights, weighted=weighted)
     with torch.no_grad():
         texts_MD = text_nD if within is None else within.text_MD
         own = torch.arange(len(losses), device=losses.device) + (0 if within is None else within.first)

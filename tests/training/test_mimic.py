@@ -24,6 +24,34 @@ from curation.training.online_step import OnlineSettings, OnlineTrainer
 N = 6
 
 
+@pytest.mark.parametrize(("layer", "least", "most"), [
+    ("", 2.95, 3.0),
+    ("visual.transformer.resblocks.0.mlp", 1.6, 2.4),
+    ("visual.transformer.resblocks.3.mlp", 1.1, 1.2),
+    ("logit_scale", 1.0, 1.0),
+])  # fmt: skip
+def test_a_mimic_score_costs_the_passes_with_tangents(layer: str, least: float, most: float) -> None:
+    network, (pixels, tokens) = build_network("nano", seed=0), pairs()
+    rows = {"pixels": pixels, "tokens": tokens}
+    learner = ContrastiveLearner(network=network, mimicked=build_network("nano", seed=1), mimic_layer=layer)
+    plain = learner.flops(rows, frozenset({"image_embedding"})).scoring
+    moved = learner.flops(rows, frozenset({"mimic_score"})).scoring
+    assert least <= moved / plain <= most
+    assert learner.flops(rows, frozenset({"mimic_score", "image_embedding"})).scoring == plain + moved
+
+
+def test_a_classifiers_mimic_score_costs_a_pass_of_its_own_unless_its_layer_is_the_heads_weight() -> None:
+    network, reference = (build_classifier("mlp-7", num_classes=3, num_features=5, seed=seed) for seed in (0, 1))
+    costs = {}
+    for layer in ("head.weight", ""):
+        learner = ClassifierLearner(network=network, reference=reference, mimic_layer=layer)
+        costs[layer] = learner.flops(labelled(), frozenset({"mimic_score"}))
+        both = learner.flops(labelled(), frozenset({"mimic_score", "learner_loss"})).scoring
+        assert both == costs[layer].scoring + (costs[layer].training if not layer else 0)
+    # 2 x (5 x 7 + 7 x 3) of the plain pass; with tangents each product twice more, of weight and of input.
+    assert [cost.scoring for cost in costs.values()] == [112, 3 * 112]
+
+
 def labelled(n: int = 12, *, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, 5, generator=generator)

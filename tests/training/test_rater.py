@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curation.evaluation.correlation import spearman
-from curation.models.rater import Rater
+from curation.models.rater import Rater, Weights
 from curation.training.rater import (
     BatchPlan,
     Collapsed,
@@ -67,6 +67,79 @@ def finished(run: RaterRun) -> np.ndarray:
     while not run.is_over:
         run.step()
     return ratings_of(run.finished_rater(), split(240, seed=0).seen)
+
+
+class Table(nn.Module):
+    """A rater of three rows whose logits are its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.5, 0.1]))
+
+    def forward(self, seen: Tensor) -> Weights:
+        return Weights(self.logits.softmax(0), self.logits, None)
+
+
+X, V = torch.tensor([[1.0], [-2.0], [0.7]]), torch.tensor([[0.4], [1.3], [-0.6]])
+CENTRE, OF_REFERENCE, SHARE = 0.5, -0.25, 0.6
+GRADIENTS = {"clean": {}, "code": {"mode": "code"}, "paper": {"mode": "paper"}, "clean, Eq. 6": {"use_reference": True}}
+
+
+def gradients_of_a_step(**fields: Any) -> dict[str, Tensor]:
+    """What each optimiser is given in one step of one group of three rows of each kind."""
+    proxy = Square(1)
+    proxy.centre.data.fill_(CENTRE)
+    spec = RaterSpec(batch_size=3, groups=1, validation_share=SHARE, **{"clip": 1e9, **fields})
+    trainer = RaterTrainer(spec, rater=cast(Any, Table()), proxy=proxy, num_steps=10, steps_per_epoch=5)
+    networks = {"proxy": proxy, "rater": trainer.rater, "reference": trainer.reference}
+    found: dict[str, Tensor] = {}
+    for name, network in networks.items():
+        if network is None:
+            continue
+        if name == "reference":
+            cast(Any, network).centre.data.fill_(OF_REFERENCE)
+
+        def note(*_: Any, name: str = name, network: nn.Module = network) -> None:
+            [parameter] = network.parameters()
+            assert parameter.grad is not None
+            found[name] = parameter.grad.clone()
+
+        getattr(trainer, f"_{name}_step").register_step_pre_hook(note)
+    trainer.train_step([(Rows(X, X), Rows(V, V))])
+    return found
+
+
+@pytest.mark.parametrize("of", GRADIENTS)
+def test_each_modes_gradients_are_those_of_its_equations(of: str) -> None:
+    """Eqs. 5, 6, 7 and 9 written out for one weight: losses (x - c)^2, their derivatives -2 (x - c)."""
+    fields = GRADIENTS[of]
+    x, v = X[:, 0].double(), V[:, 0].double()
+    w = Table().logits.detach().double().softmax(0)
+    loss, slope = (x - CENTRE) ** 2, -2 * (x - CENTRE)
+    of_validation = (-2 * (v - CENTRE)).mean()
+    mode, parts = fields.get("mode", "clean"), 3 if of == "code" else 1
+    weighted = (w * slope).sum() / parts
+    wanted = {"proxy": of_validation + weighted if mode == "paper" else SHARE * of_validation + (1 - SHARE) * weighted}
+    cost = loss
+    if of in ("paper", "clean, Eq. 6"):
+        cost = loss - (x - OF_REFERENCE) ** 2
+        wanted["reference"] = (w * -2 * (x - OF_REFERENCE)).sum()
+    wanted["rater"] = w * (cost - (w * cost).sum()) / parts
+    found = gradients_of_a_step(**fields)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].double(), value.reshape(found[name].shape), rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_and_the_longest_gradient_are_as_they_are_called() -> None:
+    w = Table().logits.detach().double().softmax(0)
+    plain, spread = (gradients_of_a_step(entropy=entropy)["rater"].double() for entropy in (0.0, 0.7))
+    of_entropy = w * (w.log() - (w * w.log()).sum())
+    torch.testing.assert_close(spread - plain, 0.7 * of_entropy, rtol=1e-4, atol=1e-6)
+    clipped = gradients_of_a_step(mode="paper", clip=0.01)
+    assert {name: value.norm().item() for name, value in clipped.items()} == pytest.approx(
+        dict.fromkeys(("proxy", "rater", "reference"), 0.01), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("mode", ["clean", "code"])
