@@ -1,7 +1,7 @@
 """What the claims about dynamic selection come to, by the tables of its study: met, missed, or not told apart.
 
-A difference is paired by seed and judged by its standard error: beyond two it is told apart from 0; with fewer than
-three seeds nothing is. D-5 and D-6 ask for what is measured, so their differences are judged one by one alone.
+A difference is paired by seed and judged by its 95% t interval: it is told apart if 0 is outside; with fewer than three
+seeds nothing is. D-5 and D-6 ask for what is measured, so their differences are judged one by one alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jobs.benchmarks.dynamic_tables import OURS
 
 Verdict = Literal["met", "missed", "not told apart"]
-TOLD_APART, FEWEST_SEEDS = 2.0, 3
+FEWEST_SEEDS = 3
 NOISE_SHARE, NOISE_SLACK = 0.2, 0.02
 
 
@@ -40,10 +40,10 @@ def claims(figures: dict[str, Any]) -> dict[str, Any]:
 
 def verdict_of(difference: dict[str, Any]) -> Verdict:
     """Of a paired difference that ought to be above 0."""
-    errors = difference["standard_errors"]
-    if errors is None or len(difference["values"]) < FEWEST_SEEDS or abs(errors) <= TOLD_APART:
+    mean, half_width = difference["mean"], difference["half_width"]
+    if difference["standard_errors"] is None or len(difference["values"]) < FEWEST_SEEDS or abs(mean) <= half_width:
         return "not told apart"
-    return "met" if errors > 0 else "missed"
+    return "met" if mean > 0 else "missed"
 
 
 def _gains(tables: dict[str, Any], rivals: Sequence[str]) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from jobs.benchmarks.dynamic_tables import paired
         ([0.03, 0.02, 0.04], "met"),
         ([-0.03, -0.02, -0.04], "missed"),
         ([0.03, -0.02, 0.01], "not told apart"),
+        ([0.03, 0.01, 0.05], "not told apart"),  # 2.6 standard errors, and 3 seeds need 4.3
         ([0.03, 0.02], "not told apart"),
         ([0.02, 0.02, 0.02], "not told apart"),
     ],
 )
-def test_a_difference_counts_beyond_two_standard_errors_of_three_seeds(gains: list[float], verdict: str) -> None:
+def test_a_difference_counts_if_0_is_outside_its_interval_of_three_seeds(gains: list[float], verdict: str) -> None:
     assert verdict_of(paired(gains, [0.0] * len(gains))) == verdict
 
 
@@ -38,7 +39,7 @@ def arm(accuracy: list[float], ours: list[float], full: list[float], **fields: A
 
 
 def test_each_claim_is_judged_by_the_tables_that_it_is_about() -> None:
-    ours, worse, full = [0.72, 0.73, 0.74], [0.70, 0.70, 0.72], [0.70, 0.75, 0.73]
+    ours, worse, full = [0.72, 0.73, 0.74], [0.70, 0.709, 0.72], [0.70, 0.75, 0.73]
     noisy = {
         "dynamic": arm(ours, ours, full, gap_bound=2, wrong_share=0.219),
         "infobatch": arm(worse, ours, full, wrong_share_late=0.4),
