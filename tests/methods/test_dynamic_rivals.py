@@ -109,8 +109,9 @@ def test_rcap_draws_by_the_softmax_of_the_loss_within_a_class() -> None:
 
 def test_rcaps_classes_are_weighed_by_what_the_last_round_chose() -> None:
     rows = {**rcap_rows(100), "ledger_value": torch.ones(100), "label": (torch.arange(100) >= 50).long()}
-    rows["last_step"] = torch.where(torch.arange(100) % 50 < 25, 30.0, 5.0)
-    rows["last_step"][50:] = 30.0
+    first = float(rows["last_round_step"])  # a row that was taken at the round's first step was taken in it
+    rows["last_step"] = torch.where(torch.arange(100) % 50 < 25, first, first - 1)
+    rows["last_step"][50:] = first
     indices, _ = Rcap().select(rows, 34, 0.5, Generator())
     of_first = int((indices < 50).sum())
     assert of_first == round(34 * math.sqrt(0.5) / (1 + math.sqrt(0.5)))

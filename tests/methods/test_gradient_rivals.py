@@ -51,7 +51,7 @@ def test_scores_are_norm_cosine_and_projection_of_the_explicit_gradients() -> No
 
 
 def test_agreeing_rows_share_the_weight_and_all_do_if_none_agrees() -> None:
-    assert agreement_weights(torch.tensor([0.5, -0.1, 0.2, 0.0])).tolist() == [2.0, 0.0, 2.0, 0.0]
+    assert agreement_weights(torch.tensor([0.5, -0.1, 1e-3, 0.0])).tolist() == [2.0, 0.0, 2.0, 0.0]
     assert agreement_weights(torch.tensor([-0.5, 0.0])).tolist() == [1.0, 1.0]
     still = {**ROWS, "comparison_gradient": torch.zeros(3, 5)}
     assert load_selector("agra").select(still, 8, 0.5, GENERATOR).weights.tolist() == [1.0] * 8
@@ -69,6 +69,15 @@ def test_gradmatch_comes_closer_to_the_mean_gradient_than_equal_weights_of_its_r
 
     assert error(chosen.weights) < error(torch.ones(4))
     assert chosen.weights.mean().item() == pytest.approx(1.0)
+
+
+def test_gradmatchs_ridge_is_half_of_the_mean_squared_gradient_unless_told() -> None:
+    explicit = gradients().flatten(1).double()
+    chosen = load_selector("gradmatch").select(ROWS, 3, 0.5, GENERATOR)
+    rows, ridge = explicit[chosen.indices], 0.5 * explicit.square().sum(dim=1).mean()
+    fitted = torch.linalg.solve(rows @ rows.T + ridge * torch.eye(3), rows @ explicit.mean(dim=0))
+    assert (fitted > 0).all()
+    torch.testing.assert_close(chosen.weights.double(), fitted * 3 / fitted.sum(), rtol=1e-5, atol=1e-6)
 
 
 def test_rho_with_a_temperature_weighs_by_the_softmax_of_the_reducible_loss() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -71,6 +73,26 @@ def test_a_model_that_predicts_noise_learns_to_tell_it_from_one_colour() -> None
     model = Diffusion(dataclasses.replace(SPEC, prediction="epsilon", schedule="linear"), seed=0)
     losses = [model.train_step(torch.full((4, 8, 8, 3), 90, dtype=torch.uint8)) for _ in range(60)]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_the_error_of_a_predicted_velocity_counts_as_much_as_there_is_signal() -> None:
+    """Of images without contrast the velocity is sqrt(signal) * noise, so nothing told costs signal, and signal^2."""
+
+    class Silent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, noisy: torch.Tensor, time: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=self.nothing * noisy)
+
+    spec = dataclasses.replace(SPEC, batch_size=2048)
+    model = Diffusion(spec, seed=0)
+    cast(Any, model)._network = Silent()
+    signal = (1 - sigmoid_betas(spec.noise_steps)).cumprod(dim=0)
+    assert signal.mean() > signal.square().mean() + 0.1
+    grey = torch.full((4, 8, 8, 3), 128, dtype=torch.uint8)
+    assert model.train_step(grey) == pytest.approx(signal.square().mean().item(), abs=0.04)
 
 
 def test_a_model_of_one_colour_paints_in_that_colour() -> None:
