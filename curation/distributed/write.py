@@ -154,6 +154,8 @@ def _write_piece(
 
 def _write_tar(wanted: PiecesSpec, index: int, rows: pa.Table, digest: str, *, former: dict[str, Any] | None) -> int:
     made_by = {"rows": digest}
+    if wanted.rules.caption_field != "txt":  # tars of before this was noted held the pool's own txt
+        made_by["txt"] = wanted.rules.caption_field
     if former and former["key"] == manifest.digest(made_by):
         return former["samples"]
     if former:  # first the manifest: a tar under a manifest of other rows must never be
