@@ -144,6 +144,12 @@ def write_index(folder: str, sizes: Mapping[str, int], *, arguments: Mapping[str
     storage.write_bytes(storage.join(folder, "meta.json"), _json(meta))
 
 
+def remove_index(folder: str) -> None:
+    """Remove what an earlier selection of this run left beside its tars: index, subset file and card."""
+    for name in ("sizes.json", "meta.json", "sample_ids.npy", "README.md"):
+        storage.delete(storage.join(folder, name))
+
+
 def _file_names(index: int) -> tuple[str, str, str]:
     tar_name = SHARD_FORMAT.format(index)
     stem = tar_name.removesuffix(".tar")

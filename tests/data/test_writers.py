@@ -357,6 +357,14 @@ class TestIndex:
             "cwd": ".",
         }
 
+    def test_a_removed_index_leaves_what_it_did_not_make(self, folder):
+        write_index(folder, {"00000.tar": 1}, arguments={}, num_read=1)
+        for name in ("sample_ids.npy", "README.md", "notes.txt"):
+            storage.write_bytes(storage.join(folder, name), b"x")
+        writers.remove_index(folder)
+        writers.remove_index(folder)
+        assert storage.names_in(folder) == ["notes.txt"]
+
     def test_an_empty_set_has_an_index_too(self, folder):
         write_index(folder, {}, arguments={}, num_read=0)
         assert json.loads(storage.read_bytes(storage.join(folder, "sizes.json"))) == {}
