@@ -19,6 +19,7 @@ from curation.data.drift import Change
 from curation.distributed.nightly import nightly
 from curation.distributed.pipeline import make_plan
 from curation.distributed.stopping import Stop
+from curation.recipe import CurateRecipe
 from curation.recipe.nightly import NightlyRecipe
 from jobs import log
 from jobs.command import EXIT_OK, EXIT_USAGE, Command, exit_code
@@ -57,14 +58,19 @@ def _point(arguments: list[str]) -> int:
     return EXIT_OK
 
 
+def _run_of(recipe: NightlyRecipe) -> CurateRecipe:
+    """The curation that grows from night to night, in its own folder."""
+    return recipe.curate.model_copy(update={"output": nights.run_url(recipe.curate.output)})
+
+
 def _dry_run(recipe: NightlyRecipe) -> None:
-    run = recipe.curate.model_copy(update={"output": nights.run_url(recipe.curate.output)})
+    run = _run_of(recipe)
     print_plan(run, make_plan(run))
 
 
 def _nightly(recipe: NightlyRecipe, stop: Stop) -> int:
     night = nightly(recipe, watch=Progress(), stop=stop)
-    print_summary(recipe.curate, night.summary)
+    print_summary(_run_of(recipe), night.summary)
     if code := exit_code(night.summary.failures, night.summary.stopped):
         return code
     if night.name is None:

@@ -3,7 +3,7 @@
 Several curated runs stand side by side; training runs that differ in their seeds only become one curve with its
 interval. Everything is read from the runs' folders, and pictures from the pool by offset; the file needs no network.
 
-Exit code 0: it is written. 2: a folder holds no run, or an option does not fit.
+Exit code 0: it is written. 2: a folder holds no run or cannot be read, or an option does not fit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             command=shlex.join(["python", "-m", "jobs.report", *arguments]),
         )
         print(write_report(known.runs, wanted, output=known.output))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     return EXIT_OK

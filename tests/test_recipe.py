@@ -282,6 +282,8 @@ class TestCommandLine:
             (["--selection", '[{"column": "width"}]'], "needs at_least or at_most"),
             (["--selection", '[{"method": {"name": "clip_scor"}, "keep": 1}]'], "did you mean 'clip_score'"),
             (["--selection", "{half"], "Invalid JSON"),
+            (["--selection", '["clip_score"]'], "Input should be an object"),
+            (["--selection", "[[1]]"], "Input should be an object"),
             (["--compute.actors", "0"], "greater than 0"),
             (["--compute.actors", "two"], "actors"),
             (["--embed.pretrained", "a", "--embed.checkpoint", "b"], "give pretrained or checkpoint, got both"),

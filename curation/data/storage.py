@@ -136,7 +136,7 @@ def names_in(folder: str) -> list[str]:
     fs, path = _resolve(folder)
     if not isinstance(fs, LocalFileSystem):
         return sorted(_name(info["name"]) for info in _ls(fs, path) if info["type"] == "file")
-    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
         return sorted(entry.name for entry in entries if entry.is_file())
     return []
 
@@ -225,7 +225,7 @@ def list_shards(patterns: str) -> list[ListedShard]:
     Patterns are joined by `::`; each is a path or URL with brace lists ({00000..00041}, {a,b}) and globs, or a folder,
     which means all its *.tar, or if it has none, all its *.parquet. As in a shell, a name that begins with a dot is
     matched only by a pattern that has the dot; unlike there, a pattern that is itself the name of a file or folder
-    means that. ValueError if a glob or folder matches nothing, or nothing at all is there.
+    means that. ValueError if a glob or folder matches nothing, nothing at all is there, or a name is not UTF-8.
     """
     expanded = [path for pattern in patterns.split("::") if pattern for path in _braces(pattern)]
     folders: dict[str, list[str]] = defaultdict(list)
@@ -242,6 +242,8 @@ def list_shards(patterns: str) -> list[ListedShard]:
             found.update(matched)
     if not any(found.values()):
         raise ValueError(f"pool.shards: no shard matches {patterns!r}")
+    for url in sorted(found):
+        _check_utf8(url)
     return [ListedShard(url, found[url]) for url in sorted(found)]
 
 
@@ -270,7 +272,7 @@ def _told(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
     """What the store says of a path; None if it is not there."""
     try:
         return fs.info(path) if isinstance(fs, LocalFileSystem) else remote.attempt(lambda: fs.info(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -280,6 +282,16 @@ def _ls(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
         return remote.attempt(lambda: fs.ls(path, detail=True))
     except FileNotFoundError:
         return []
+
+
+def _check_utf8(url: str) -> None:
+    """ValueError if a file's name is not UTF-8: no table, and no JSON, could hold it."""
+    try:
+        url.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"pool.shards: the name of {url!r} is not UTF-8: rename the file, or name the others"
+        ) from error
 
 
 def _braces(pattern: str) -> list[str]:

@@ -95,11 +95,11 @@ def write_subset(url: str, blocks: Iterable[np.ndarray], *, num_rows: int) -> No
 def write_tar(folder: str, index: int, rows: pa.Table, *, rules: ReadRules) -> int:
     """One curated tar (rows: KEPT_SCHEMA) with its _stats.json and its parquet of origins; returns its samples.
 
-    The members' bytes are those of the pool; where captions are chosen, the txt is the row's caption. A row of a
-    parquet file becomes an image, a json of its other columns (with `uid`, by which DataComp finds it) and a txt. A key
-    stays as it was, unless it could leave the folder ("../", "/", "\\") or has control characters, when the uid takes
-    its place, or was used in this tar before, when "-1", "-2", ... follow; so do a sample's further copies. A member
-    whose extension could do as much is left out.
+    The members' bytes are those of the pool; where captions come from elsewhere than the txt, the txt is the row's
+    caption. A row of a parquet file becomes an image, a json of its other columns (with `uid`, by which DataComp finds
+    it) and a txt. A key stays as it was, unless it could leave the folder ("../", "/", "\\") or has control
+    characters, when the uid takes its place, or was used in this tar before, when "-1", "-2", ... follow; so do a
+    sample's further copies. A member whose extension could do as much is left out.
     OSError if a shard cannot be read, or no longer holds the sample.
     """
     tar_name, origin_name, stats_name = _file_names(index)
@@ -144,6 +144,12 @@ def write_index(folder: str, sizes: Mapping[str, int], *, arguments: Mapping[str
     storage.write_bytes(storage.join(folder, "meta.json"), _json(meta))
 
 
+def remove_index(folder: str) -> None:
+    """Remove what an earlier selection of this run left beside its tars: index, subset file and card."""
+    for name in ("sizes.json", "meta.json", "sample_ids.npy", "README.md"):
+        storage.delete(storage.join(folder, name))
+
+
 def _file_names(index: int) -> tuple[str, str, str]:
     tar_name = SHARD_FORMAT.format(index)
     stem = tar_name.removesuffix(".tar")
@@ -171,7 +177,7 @@ def _from_tar(
             raise _edited(row)
         extensions = [extension for _, extension in names]
         kept = [(name, data) for name, (_, data) in zip(extensions, members, strict=True) if _is_harmless(name)]
-        yield row, _with_caption(kept, row["caption"]) if rules.best_caption_of else kept
+        yield row, kept if rules.caption_fields == ("txt",) else _with_caption(kept, row["caption"])
 
 
 def _from_parquet(
@@ -191,7 +197,7 @@ def _from_parquet(
 
 
 def _with_caption(members: list[tuple[str, bytes]], caption: str) -> list[tuple[str, bytes]]:
-    """The members with the chosen caption as their txt, in its place or at the end: trainers read no other."""
+    """The members with the caption that was used as their txt, in its place or at the end: trainers read no other."""
     chosen = ("txt", caption.encode())
     if all(name != "txt" for name, _ in members):
         return [*members, chosen]

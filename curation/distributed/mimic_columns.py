@@ -143,9 +143,11 @@ def checked_mimic(recipe: MimicRecipe) -> MimicRecipe:
     """The recipe with URLs that every node may open. ValueError if it cannot run; nothing is touched."""
     run = checked_run(recipe.run, recipe.column)
     log = storage.absolute(recipe.log) if recipe.log else ""
-    if not log or not storage.exists(storage.join(log, "recipe.json")):
+    url = storage.join(log, "recipe.json")
+    trainer = manifest.read(url)["recipe"] if log and storage.exists(url) else {}
+    if "data" not in trainer:  # a curated run has a recipe.json too
         raise ValueError(f"log: {recipe.log!r} is no run of jobs.train; name one, as in --log runs/mimic")
-    trained_on = manifest.read(storage.join(log, "recipe.json"))["recipe"]["data"]["run"]
+    trained_on = trainer["data"]["run"]
     if trained_on != run:
         raise ValueError(f"log: {log} was trained on {trained_on}, so its addresses are not those of {run}")
     if next(read_steps(log), None) is None:

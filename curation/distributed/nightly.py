@@ -17,15 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import addresses
-from curation.data import drift, manifest, nights, shard_list, storage, tables
+from curation.data import drift, manifest, nights, storage, tables
 from curation.data.drift import Change
 from curation.data.json_columns import as_text
 from curation.data.lease import Lease
-from curation.data.pieces import Pieces
+from curation.data.pieces import Pieces, Record
 from curation.distributed.account import Summary
 from curation.distributed.embed import STAGE as EMBED_STAGE
-from curation.distributed.pipeline import Watch, curate
+from curation.distributed.pipeline import Plan, Watch, curate
 from curation.distributed.resources import cluster, cpus_wanted
+from curation.distributed.select import check_columns
 from curation.distributed.stopping import Stop
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics.quantiles import count_bits, quantiles_from_counts
@@ -49,23 +50,26 @@ class Night:
 
 
 def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | None = None) -> Night:
-    """Do a night. Errors as in `curate`."""
+    """Do a night. Errors as in `curate`; ValueError too if no shard has a field that is to be watched."""
     watch, stop = watch or Watch(), stop or Stop()
     if not recipe.curate.output:
         raise ValueError("output is empty: name a folder or URL for the nights, as in --output DIR")
     output = storage.absolute(recipe.curate.output)
     run = recipe.curate.model_copy(update={"output": nights.run_url(output)})
     with Lease(output), cluster(num_cpus=cpus_wanted(run.compute)), stop.on_sigterm(interrupts=True):
-        summary = curate(run, watch=watch, stop=stop)
+        heard = _Heard(watch)
+        summary = curate(run, watch=heard, stop=stop)
         if summary.failures or summary.stopped:
             return Night(summary)
+        watched = {**dict.fromkeys(recipe.scores, "scores"), **dict.fromkeys(recipe.shares, "shares")}
+        check_columns(run.output, in_groups(heard.pool), watched)
         before = nights.current(output)
         then = nights.read(output, before) if before else None
         kept = storage.sha256_of(storage.join(run.output, "selection", "selected.parquet"))
         if then and kept == then["kept_sha256"]:
             return Night(summary, against=before)
         watch.stage("compare")
-        now = _statistics(recipe, run.output, since=then["last_shard"] if then else -1)
+        now = _statistics(recipe, run.output, heard.pool, since=then["last_shard"] if then else -1)
         found = drift.changes(then, now) if then else []
         held_back = drift.beyond(found, recipe.drift.model_dump())
         name = nights.new_name(output)
@@ -83,14 +87,35 @@ def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | N
     return Night(summary, name, before, tuple(found), tuple(held_back))
 
 
-def _statistics(recipe: NightlyRecipe, run: str, *, since: int) -> dict[str, Any]:
-    """What night.json says of the run's rows. Exact; each quantile is another pass over its column."""
+class _Heard(Watch):
+    """Passes on what it hears, and remembers which shards the night's pool has: the run may know others."""
+
+    def __init__(self, watch: Watch):
+        self._watch = watch
+        self.pool: list[int] = []
+
+    def planned(self, plan: Plan) -> None:
+        self.pool = sorted(shard.number for shard in plan.pool)
+        self._watch.planned(plan)
+
+    def committed(self, record: Record) -> None:
+        self._watch.committed(record)
+
+    def stage(self, name: str) -> None:
+        self._watch.stage(name)
+
+    def stalled(self, lines: list[str]) -> None:
+        self._watch.stalled(lines)
+
+
+def _statistics(recipe: NightlyRecipe, run: str, pool: Sequence[int], *, since: int) -> dict[str, Any]:
+    """What night.json says of the rows of the shards `pool`. Exact; each quantile is another pass over its column."""
     pieces = manifest.committed(run, EMBED_STAGE)
-    there = [shard.number for shard in shard_list.load(run) if shard.number in pieces and not shard.retired]
+    there = [number for number in pool if number in pieces]
     numbers = {"pool": there, "new": [number for number in there if number > since]}
     numbers["kept"] = numbers["pool"]
     return {
-        "last_shard": max(numbers["pool"], default=-1),
+        "last_shard": max(pieces, default=-1),  # a shard that left the pool and comes back is not new
         "groups": {
             group: {
                 **_account(pieces, numbers[group] if group != "kept" else []),

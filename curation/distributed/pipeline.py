@@ -320,6 +320,7 @@ def _select_and_write(recipe: CurateRecipe, embedded: Embedded, summary: Summary
         steps=recipe.selection,
         seed=recipe.seed,
         guards=guards(recipe, embedded.pieces, numbers),
+        audited=[group.column for group in recipe.audit.groups],
     )
     warnings = {**summary.warnings, **write_waterfall_and_audit(recipe, numbers, selected)}
     select_seconds = time.time() - begun

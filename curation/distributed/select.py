@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import torch
 
 from curation import addresses
-from curation.columns import JSON_PREFIX
+from curation.columns import JSON_PREFIX, SAMPLE_COLUMNS
 from curation.data import manifest, storage, tables, verdicts
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
@@ -99,13 +99,15 @@ def select(
     steps: Sequence[Step],
     seed: int,
     guards: Sequence[RowTest] = (),
+    audited: Sequence[str] = (),
 ) -> Selected:
     """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped.
 
-    `guards` come first; they do not move the steps' seeds.
+    `guards` come first; they do not move the steps' seeds. ValueError if no shard has a field that a step, or the
+    audit by the columns `audited`, needs.
     """
     groups = in_groups(numbers)
-    _check_columns(output, groups, steps)
+    check_columns(output, groups, {**dict.fromkeys(audited, "audit.groups"), **_columns_of(steps)})
     bounds = _uid_bounds(output, numbers, embedded=embedded)
     later = _fold_duplicates(output, groups, bounds)
     rows = embedded - len(later)
@@ -140,22 +142,30 @@ def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
 
 
-def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
-    """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
-    filters = [step for step in steps if isinstance(step, (Threshold, OneOf)) and step.nulls == "drop"]
-    wanted = {step.column for step in filters} | {step.balance for step in steps if isinstance(step, Balance)}
-    wanted -= DERIVED.keys() | LABELS.keys()
-    for step in steps:
-        if isinstance(step, Select):
-            wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
-    if not wanted or not groups:
+def check_columns(output: str, groups: Sequence[list[int]], wanted: Mapping[str, str]) -> None:
+    """ValueError if no shard has a column, as with a mistyped name. `wanted`: column -> the recipe's field for it.
+
+    A filter that keeps nulls, or a group of the audit, would do nothing for ever, and nobody would be told.
+    """
+    missing = wanted.keys() - SAMPLE_COLUMNS.keys() - DERIVED.keys() - LABELS.keys()
+    if not missing or not groups:
         return
     known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
-    for name in sorted(wanted - known):
+    for name in sorted(missing - known):
         own = sorted(column for column in known if column.startswith(JSON_PREFIX))
         nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
         hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {own}")
+        raise ValueError(f"{wanted[name]}: no shard has a column {name!r}{hint} The pool's own fields are {own}")
+
+
+def _columns_of(steps: Sequence[Step]) -> dict[str, str]:
+    """The columns that filters, balances and selectors name, as `check_columns` takes them."""
+    names = {step.column for step in steps if isinstance(step, (Threshold, OneOf))}
+    names |= {step.balance for step in steps if isinstance(step, Balance)}
+    for step in steps:
+        if isinstance(step, Select):
+            names |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
+    return dict.fromkeys(names, "selection")
 
 
 def _test_of(step: Threshold | OneOf | Select | RowTest) -> RowTest | Select:

@@ -20,12 +20,19 @@ import pyarrow.parquet as pq
 from curation.columns import SELECTED_SCHEMA
 from curation.data import manifest, storage
 from curation.data.embeddings_folder import part_names, remove_part, write_part
-from curation.data.pieces import Pieces
 from curation.data.read_rules import ReadRules
 from curation.data.redact import redacted_json
 from curation.data.tables import Rechunk, rechunked
 from curation.data.uid_sort import UidSort
-from curation.data.writers import KEPT_SCHEMA, SHARD_FORMAT, remove_tar, write_index, write_subset, write_tar
+from curation.data.writers import (
+    KEPT_SCHEMA,
+    SHARD_FORMAT,
+    remove_index,
+    remove_tar,
+    write_index,
+    write_subset,
+    write_tar,
+)
 from curation.distributed.select import Selected, kept_rows
 from curation.distributed.tasks import ordered
 from curation.numerics.sampling import uid_words
@@ -45,7 +52,10 @@ class Written(NamedTuple):
 
 
 def write_selection(recipe: CurateRecipe, numbers: Sequence[int], selected: Selected, *, num_read: int) -> Written:
-    """Write selection/ and, if the recipe wants them, shards/. The kept rows are streamed once, in order of address."""
+    """Write selection/ and, if the recipe wants them, shards/ and embeddings/; else what was ours in them is removed.
+
+    The kept rows are streamed once, in order of address.
+    """
     folder = storage.join(recipe.output, "selection")
     licences: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="curation-subset-") as spool:
@@ -55,12 +65,13 @@ def write_selection(recipe: CurateRecipe, numbers: Sequence[int], selected: Sele
             pq.ParquetWriter(file, SELECTED_SCHEMA) as table_out,
         ):
             kept = _noted(kept_rows(recipe.output, numbers, selected.decided), table_out, by_uid, licences)
-            writes_pieces = recipe.write.tars or recipe.write.embeddings
-            sizes = _write_pieces(recipe, kept, num_rows=selected.rows) if writes_pieces else _without_pieces(kept)
+            sizes = _write_pieces(recipe, kept, num_rows=selected.rows)
         words = (np.stack([block["high"], block["low"]], axis=1) for block in by_uid.sorted_blocks())
         write_subset(storage.join(folder, "subset.npy"), words, num_rows=selected.rows)
-    if recipe.write.tars:
-        shards = storage.join(recipe.output, "shards")
+    shards = storage.join(recipe.output, "shards")
+    if not recipe.write.tars:
+        remove_index(shards)
+    else:
         storage.copy(storage.join(folder, "subset.npy"), storage.join(shards, "sample_ids.npy"))
         arguments = redacted_json(recipe.model_dump(mode="json", exclude={"output", "compute"}))
         write_index(shards, sizes, arguments=arguments, num_read=num_read)
@@ -89,13 +100,13 @@ def _noted(
 
 
 def _write_pieces(recipe: CurateRecipe, kept: Iterator[pa.Table], *, num_rows: int) -> dict[str, int]:
-    """Write the pieces that are not there yet, remove those of a former selection; samples by tar."""
+    """Write the wanted pieces that are not there yet, remove those of a former selection; samples by tar."""
     num_parts = -(-num_rows // recipe.write.samples_per_shard)
     wanted = PiecesSpec(
         recipe.output, recipe.write.tars, recipe.write.embeddings, recipe.pool.read_rules(), num_parts=num_parts
     )
-    tars = manifest.committed(recipe.output, STAGE) if wanted.tars else Pieces()
-    parts = manifest.committed(recipe.output, EMBEDDINGS_STAGE) if wanted.embeddings else Pieces()
+    tars = manifest.committed(recipe.output, STAGE)
+    parts = manifest.committed(recipe.output, EMBEDDINGS_STAGE)
     for stage, made in ((STAGE, tars), (EMBEDDINGS_STAGE, parts)):
         if made:
             manifest.index(recipe.output, stage, made)
@@ -104,11 +115,11 @@ def _write_pieces(recipe: CurateRecipe, kept: Iterator[pa.Table], *, num_rows: i
         for index, rows in enumerate(rechunked(kept, recipe.write.samples_per_shard)):
             yield wanted, index, rows, tars.get(index), parts.get(index)
 
-    sizes = dict(ordered(_write_piece, jobs()))
-    for index in sorted(tars.keys() - set(range(len(sizes)))):
+    sizes = dict(ordered(_write_piece, jobs())) if wanted.tars or wanted.embeddings else _without_pieces(kept)
+    for index in sorted(tars.keys() - set(range(len(sizes) if wanted.tars else 0))):
         storage.delete(manifest.url_of(recipe.output, STAGE, index))
         remove_tar(storage.join(recipe.output, "shards"), index)
-    for index in sorted(parts.keys() - set(range(len(sizes)))):
+    for index in sorted(parts.keys() - set(range(len(sizes) if wanted.embeddings else 0))):
         storage.delete(manifest.url_of(recipe.output, EMBEDDINGS_STAGE, index))
         remove_part(storage.join(recipe.output, "embeddings"), parts[index]["names"])
     return sizes
@@ -154,6 +165,8 @@ def _write_piece(
 
 def _write_tar(wanted: PiecesSpec, index: int, rows: pa.Table, digest: str, *, former: dict[str, Any] | None) -> int:
     made_by = {"rows": digest}
+    if wanted.rules.caption_field != "txt":  # tars of before this was noted held the pool's own txt
+        made_by["txt"] = wanted.rules.caption_field
     if former and former["key"] == manifest.digest(made_by):
         return former["samples"]
     if former:  # first the manifest: a tar under a manifest of other rows must never be

@@ -191,7 +191,7 @@ def _kind_of_step(step: Any) -> str:
     """A filter names a column, a selector a method; so an error is told about the one that was meant."""
     if isinstance(step, dict):
         return next((kind for field, kind in KINDS.items() if field in step), "selector")
-    return next(kind for field, kind in KINDS.items() if hasattr(step, field))
+    return next((kind for field, kind in KINDS.items() if hasattr(step, field)), "selector")
 
 
 KINDS = {"one_of": "words", "method": "selector", "balance": "balance", "column": "filter"}

@@ -217,6 +217,11 @@ class TestReadAndWrite:
         storage.delete(storage.join(folder, "a"))
         assert storage.names_in(folder) == ["b"]
 
+    def test_below_a_file_there_is_nothing(self, tmp_path):
+        local_pool(tmp_path, "a.tar")
+        assert not storage.exists(f"{tmp_path}/a.tar/b")
+        assert storage.names_in(f"{tmp_path}/a.tar/b") == storage.names_in(f"{tmp_path}/a.tar") == []
+
     def test_names_are_those_of_files_sorted(self, folder):
         for path in (["b"], ["a"], ["sub", "c"]):
             storage.write_bytes(storage.join(folder, *path), b"")
@@ -358,6 +363,14 @@ class TestListShards:
             ("linked.tar", storage.fingerprint(str(tmp_path / "real/a.tar"))),
             ("sub/a.tar", storage.fingerprint(str(tmp_path / "real/a.tar"))),
         ]
+
+    def test_a_name_that_is_not_utf_8_is_told(self, tmp_path):
+        local_pool(tmp_path, "a.tar")
+        (tmp_path / os.fsdecode(b"b\xff.tar")).write_bytes(b"x")
+        with pytest.raises(
+            ValueError, match=r"pool.shards: the name of '.*b\\udcff.tar' is not UTF-8: rename the file"
+        ):
+            storage.list_shards(str(tmp_path))
 
     def test_a_folder_named_like_a_shard_is_none(self, folder):
         storage.write_bytes(storage.join(folder, "x.tar", "inside.txt"), b"x")

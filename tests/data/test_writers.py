@@ -138,6 +138,18 @@ class TestTar:
         assert [data for name, data in found if name.endswith("txt")] == [b"the best"] * 2
         assert [data for name, data in found if name.endswith("json")] == [offered["json"]] * 2
 
+    @pytest.mark.parametrize("field", ["json.alt", "alt"])
+    def test_a_caption_from_elsewhere_than_the_txt_is_the_txt(self, folder, field):
+        rules = ReadRules(caption_field=field)
+        members = {"jpg": RAW["jpg"], "txt": b"old", "json": b'{"alt": "used"}', "alt": b"used"}
+        without = {name: data for name, data in members.items() if name != "txt"}
+        rows = write_pool(storage.join(folder, "pool.tar"), [("a", members), ("b", without)], rules=rules)
+        writers.write_tar(folder, 0, changed(rows, caption="used"), rules=rules)
+        found = members_of(storage.join(folder, "00000.tar"))
+        assert [data for name, data in found if name.endswith("txt")] == [b"used"] * 2
+        kept_as_they_were = [(name, data) for name, data in found if not name.endswith("txt")]
+        assert kept_as_they_were == [(f"{key}.{name}", data) for key in "ab" for name, data in without.items()]
+
     def test_equal_rows_give_equal_bytes_whatever_the_pools_times_and_owners(self, folder):
         rows = write_pool(storage.join(folder, "pool.tar"), self.SAMPLES)
         other = write_pool(storage.join(folder, "pax.tar"), self.SAMPLES, format=tarfile.PAX_FORMAT)
@@ -273,8 +285,8 @@ class TestParquetRows:
         return self.rows(str(tmp_path / "pool.parquet"))
 
     @staticmethod
-    def rows(url, **values):
-        with open_shard(url, ReadRules()) as reader:
+    def rows(url, *, rules=RULES, **values):
+        with open_shard(url, rules) as reader:
             samples = list(reader)
         names = ("uid", "key", "offset", "sha256", "caption")
         given = {"address": 0, "shard": url, "score": 0.5, "copies": 1, "width": 4, "height": 3, **values}
@@ -301,6 +313,12 @@ class TestParquetRows:
         assert [f["score"] for f in fields] == [1.5, None, None, None]
         assert [f["tags"] for f in fields] == [["x"], [], None, ["y", "z"]]
         assert {(f["width"], f["height"]) for f in fields} == {(4, 3)}
+
+    def test_the_txt_is_the_column_that_the_rules_name(self, tmp_path):
+        pq.write_table(pa.table({"image": [self.PNG], "text": ["old"], "alt": ["used"]}), tmp_path / "p.parquet")
+        rules = ReadRules(caption_field="json.alt")
+        writers.write_tar(str(tmp_path / "out"), 0, self.rows(str(tmp_path / "p.parquet"), rules=rules), rules=rules)
+        assert members_of(str(tmp_path / "out" / "00000.tar"))[-1] == ("000000000.txt", b"used")
 
     def test_what_is_written_has_the_uids_of_the_rows(self, pool, tmp_path):
         write_tar(str(tmp_path / "out"), 0, pool)
@@ -338,6 +356,14 @@ class TestIndex:
             "output_shard_count": 2,
             "cwd": ".",
         }
+
+    def test_a_removed_index_leaves_what_it_did_not_make(self, folder):
+        write_index(folder, {"00000.tar": 1}, arguments={}, num_read=1)
+        for name in ("sample_ids.npy", "README.md", "notes.txt"):
+            storage.write_bytes(storage.join(folder, name), b"x")
+        writers.remove_index(folder)
+        writers.remove_index(folder)
+        assert storage.names_in(folder) == ["notes.txt"]
 
     def test_an_empty_set_has_an_index_too(self, folder):
         write_index(folder, {}, arguments={}, num_read=0)

@@ -187,6 +187,19 @@ def test_of_many_groups_the_largest_are_told_and_the_others_summed() -> None:
     assert total == {"g5": (5, 2), "g4": (4, 2), OTHERS: (6, 2)}
 
 
+def test_a_group_that_no_shard_has_is_an_error_and_a_default_one_is_not(pool: str) -> None:
+    def audited(*columns: str) -> selection.Selected:
+        numbers = list(range(len(SIZES)))
+        return selection.select(pool, numbers, embedded=sum(SIZES), steps=[], seed=0, audited=columns)
+
+    with pytest.raises(ValueError, match="audit.groups: no shard has a column 'json.ulr', did you mean 'json.url'"):
+        audited("json.ulr")
+    assert audited(*(group.column for group in Audit().groups), "json.url").rows == sum(SIZES)
+    tables.write(empty := pool + "/without", 0, tables.read(pool, 0).drop_columns(["json.url"]))
+    rows = selection.select(empty, [0], embedded=SIZES[0], steps=[], seed=0, audited=["url_domain", "image_size"]).rows
+    assert rows == SIZES[0]
+
+
 def test_an_empty_pool_has_an_empty_audit(tmp_path: Path) -> None:
     selected = selection.select(str(tmp_path), [], embedded=0, steps=[Balance(balance="url_domain", cap=1)], seed=0)
     recipe = CurateRecipe(output=str(tmp_path))

@@ -213,6 +213,8 @@ def test_a_rows_kth_coming_is_its_vote_in_round_k(tmp_path: Path, over: str) -> 
 def test_what_cannot_be_read_is_refused_by_name(curated: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run of jobs.train"):
         checked_mimic(MimicRecipe(run=str(curated), log=str(tmp_path)))
+    with pytest.raises(ValueError, match="is no run of jobs.train; name one"):
+        checked_mimic(MimicRecipe(run=str(curated), log=str(curated)))
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": {"data": {"run": "elsewhere"}}}))
     with pytest.raises(ValueError, match="was trained on elsewhere"):
         checked_mimic(MimicRecipe(run=str(curated), log=str(tmp_path)))

@@ -43,18 +43,28 @@ def test_nights_are_compared_promoted_held_back_and_taken_back(
 ) -> None:
     output = str(tmp_path / "nights")
     write_shard(tmp_path / "pool" / "00000.tar", count=24, seed=1, broken=[3], fields=language)
-    first = nightly(recipe)
-    assert first.name and nights.current(output) == first.name
-    assert (first.against, first.changes) == (None, ())
+    (tmp_path / "nightly.json").write_text(recipe.model_dump_json())
+    assert job.main([str(tmp_path / "nightly.json")]) == 0
+    first = nights.current(output)
+    said = capsys.readouterr()
+    assert first and f"promoted: {first} is current" in said.err
+    assert f"{output}/run: selection/ has the kept set" in said.out
+    told = nights.read(output, first)
+    assert (told["against"], told["changes"]) == (None, [])
 
     # The same pool again: nothing to promote, no other folder.
     idle = nightly(recipe)
-    assert (idle.name, idle.against) == (None, first.name) and nights.complete(output) == [first.name]
+    assert (idle.name, idle.against) == (None, first) and nights.complete(output) == [first]
+    misspelt = recipe.model_copy(update={"shares": ("json.langauge",)})
+    with pytest.raises(
+        ValueError, match=r"shares: no shard has a column 'json.langauge', did you mean 'json.language'"
+    ):
+        nightly(misspelt)
 
     # A shard like the first one: promoted. Its figures are those of its rows.
     write_shard(tmp_path / "pool" / "00001.tar", count=24, seed=2, broken=[5, 6], fields=language)
     second = nightly(recipe)
-    assert second.name and second.against == first.name and second.held_back == ()
+    assert second.name and second.against == first and second.held_back == ()
     assert nights.current(output) == second.name
     told = nights.read(output, second.name)
     groups = told["groups"]
@@ -68,23 +78,25 @@ def test_nights_are_compared_promoted_held_back_and_taken_back(
     [drop] = [change for change in second.changes if change.name == f"new: dropped {reason}"]
     assert (drop.then, drop.now) == (1 / 24, 2 / 24)
 
-    # A shard in another language: written, and held back.
+    # A shard in another language, and one that left the pool: written, and held back.
+    (tmp_path / "pool" / "00001.tar").unlink()
     write_shard(tmp_path / "pool" / "00002.tar", count=24, seed=3, fields=lambda row: {"language": "vi"})
     third = nightly(recipe)
-    # 24 of the pool's 69 rows moved (0.348), all of the new ones (1.0); of the kept ones, as the scores have it.
+    # 24 of the pool's 47 rows moved (0.511), all of the new ones (1.0); of the kept ones, as the scores have it.
     held = {change.name: change.distance for change in third.held_back}
-    assert held["new: json.language"] == 1.0 and held["pool: json.language"] == pytest.approx(24 / 69)
+    assert held["new: json.language"] == 1.0 and held["pool: json.language"] == pytest.approx(24 / 47)
     assert nights.current(output) == second.name and third.name in nights.complete(output)
+    told = nights.read(output, third.name)
+    assert [told["groups"][group]["rows"] for group in ("pool", "new")] == [47, 24]
+    assert told["groups"]["pool"]["read"] == told["summary"]["read"] == 48 and told["last_shard"] == 2
 
     # By hand: promoted after all, and taken back, each by one command.
     assert third.name and job.main(["--promote", third.name, output]) == 0
     assert nights.current(output) == third.name
     assert job.main(["--rollback", output]) == 0 and nights.current(output) == second.name
-    assert job.main(["--rollback", output]) == 0 and nights.current(output) == first.name
+    assert job.main(["--rollback", output]) == 0 and nights.current(output) == first
     assert job.main(["--rollback", output]) == 2
     assert "no night was promoted before" in capsys.readouterr().err
-    subset = json.loads((tmp_path / "nights" / "nights" / first.name / "summary.json").read_text())
-    assert (
-        subset["selected"]
-        == pq.read_metadata(tmp_path / "nights" / "nights" / first.name / "selection" / "selected.parquet").num_rows
-    )
+    night = tmp_path / "nights" / "nights" / first
+    subset = json.loads((night / "summary.json").read_text())
+    assert subset["selected"] == pq.read_metadata(night / "selection" / "selected.parquet").num_rows

@@ -20,7 +20,7 @@ from curation.data.manifest import OtherRun
 from curation.data.pieces import Record
 from curation.distributed.account import Summary
 from curation.distributed.pipeline import ActorsFailed, curate, embed_shards, make_plan
-from curation.recipe import Compute, CurateRecipe, Embed, Pool, Select, Threshold, Write
+from curation.recipe import Audit, Compute, CurateRecipe, Embed, Group, Pool, Select, Threshold, Write
 
 RecipeFor = Callable[..., CurateRecipe]
 RESULTS = ("samples", "selection", "shards")
@@ -113,10 +113,18 @@ def test_another_selection_decodes_nothing_and_replaces_the_kept_set(
     small_pool: Path, recipe_for: RecipeFor, tmp_path: Path
 ) -> None:
     shards, output = str(small_pool / "b"), tmp_path / "out"
-    wide = recipe_for(shards, selection=keep(0.9), write={"samples_per_shard": 10})
+    wide = recipe_for(shards, selection=keep(0.9), write={"samples_per_shard": 10, "embeddings": True})
     first = curate(wide)
     before = results(output, folders=("samples",))
     assert first.decoded_now == 41 and len(list((output / "shards").glob("*.tar"))) == 4
+    assert len(results(output, folders=("embeddings",))) == 3 * 4
+
+    none = curate(recipe_for(shards, selection=keep(0.4), write=Write(tars=False)))
+    assert none.selected == 16 and results(output, folders=("shards", "embeddings")) == {}
+    assert manifest.committed(str(output), "write") == manifest.committed(str(output), "embeddings") == {}
+    audit = Audit(groups=(Group(column="json.langauge"),))
+    with pytest.raises(ValueError, match="audit.groups: no shard has a column 'json.langauge'"):
+        curate(recipe_for(shards, audit=audit))
 
     narrow = curate(recipe_for(shards, selection=keep(0.4), write={"samples_per_shard": 10}))
     assert narrow.decoded_now == 0 and narrow.selected == 16

@@ -12,9 +12,10 @@ import pytest
 
 from curation import addresses
 from curation.data import tables
+from curation.data.row_tests import Nulls
 from curation.distributed import select as selection
 from curation.numerics.sampling import exact_top, tie_hash, uid_words
-from curation.recipe import Select, Step, Threshold
+from curation.recipe import OneOf, Select, Step, Threshold
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -115,10 +116,15 @@ def test_thresholds_keep_the_range_and_treat_nulls_as_told(pool: str) -> None:
     assert kept["address"].to_pylist() == [r["address"] for r in loose]
 
 
-def test_a_filter_on_a_field_that_no_shard_has_is_an_error_unless_it_keeps_nulls(pool: str) -> None:
-    with pytest.raises(ValueError, match=r"no shard has a column 'json.aestetic', did you mean 'json.aesthetic'\?"):
-        run(pool, [Threshold(column="json.aestetic", at_least=0)])
-    assert run(pool, [Threshold(column="json.absent", at_least=0, nulls="keep")])[0].rows == len(candidates(pool))
+@pytest.mark.parametrize("nulls", ["drop", "keep"])
+def test_a_filter_on_a_field_that_no_shard_has_is_an_error(pool: str, nulls: Nulls) -> None:
+    told = r"selection: no shard has a column 'json.aestetic', did you mean 'json.aesthetic'\?"
+    for step in (
+        Threshold(column="json.aestetic", at_least=0, nulls=nulls),
+        OneOf(column="json.aestetic", one_of=("a",), nulls=nulls),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(pool, [step])
 
 
 def test_a_threshold_on_text_is_an_error_that_names_the_column(pool: str) -> None:

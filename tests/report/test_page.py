@@ -277,6 +277,10 @@ def test_the_command_writes_the_page_into_the_run(write_run, tmp_path, capsys) -
     assert Page((run / "report.html").read_text()).number("read") == 5
     assert job.main([str(tmp_path)]) == 2
     assert "is no run's folder" in capsys.readouterr().err
+    assert job.main([str(run / "summary.json")]) == 2
+    assert "summary.json is no run's folder" in capsys.readouterr().err
+    assert job.main([str(run), "--output", str(run / "summary.json" / "page.html")]) == 2
+    assert "summary.json" in capsys.readouterr().err
     assert job.main([str(run), "--by", "json.colour"]) == 2
     assert "no table has such a column" in capsys.readouterr().err
     (tmp_path / "prices.json").write_text(json.dumps({"gpu_hour": -1}))
