@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.columns import CAPTION_FROM, FORMAT_VERSION, JSON_PREFIX, sample_schema
@@ -33,6 +34,8 @@ ROWS_PER_GROUP = 1024
 
 PIECES = "columns"
 PIECE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+NUMBER = r"^[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|(?i:inf|infinity|nan))$"
+"""Text that Arrow casts to a number."""
 
 
 def url_of(output: str, shard_number: int) -> str:
@@ -99,12 +102,27 @@ def spread(values_M: np.ndarray, has_value: np.ndarray) -> pa.Array:
 
 
 def as_numbers(column: pa.ChunkedArray, *, name: str) -> np.ndarray:
-    """A column as float64 (n,), null as NaN. ValueError if it holds text that is no number."""
-    try:
-        # Not `safe`, which refuses integers above 2**53 because they are rounded, as they must be to be compared.
-        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"column {name!r} of type {column.type} holds no numbers: {error}") from error
+    """A column as float64 (n,), null and text that is no number as NaN. ValueError if all its values are no numbers."""
+    numbers = _parsed(column)
+    if numbers.null_count == len(column) > column.null_count:
+        raise ValueError(f"column {name!r} of type {column.type} holds no numbers")
+    return numbers.to_numpy(zero_copy_only=False)
+
+
+def numbers_in(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64 (n,), null and all that is no number as NaN: that of one shard, where others hold numbers."""
+    return _parsed(column).to_numpy(zero_copy_only=False)
+
+
+def _parsed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as doubles, null where a value is no number. One odd value of a pool's own must not cost the others."""
+    if pa.types.is_string(column.type):
+        is_number = pc.call_function("match_substring_regex", [column], pc.MatchSubstringOptions(NUMBER))
+        column = pc.call_function("if_else", [is_number, column, pa.scalar(None, pa.string())])
+    elif not pa.types.is_primitive(column.type) and not pa.types.is_null(column.type):
+        return pa.chunked_array([pa.nulls(len(column), pa.float64())])
+    # Not `safe`, which refuses integers above 2**53 because they are rounded, as they must be to be compared.
+    return column.cast(pa.float64(), safe=False)
 
 
 def as_array(column: pa.ChunkedArray, *, name: str) -> np.ndarray:

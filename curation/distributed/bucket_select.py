@@ -27,6 +27,7 @@ import torch
 from torch import Generator
 from torch.nn import functional as F
 
+from curation.columns import JSON_PREFIX
 from curation.data import storage, tables, verdicts
 from curation.data.uid_sort import UidSort, splitters
 from curation.data.verdicts import KeptRows
@@ -169,7 +170,8 @@ def columns_of(table: pa.Table, needs: frozenset[str]) -> dict[str, np.ndarray]:
                 texts = [text[:32] if text else uid for text, uid in zip(texts, table["uid"].to_pylist(), strict=True)]
             columns[name] = sampling.uid_words(texts).view(np.int64)
         else:
-            values = tables.as_array(table[name], name=name)
+            is_own = name.startswith(JSON_PREFIX)
+            values = tables.numbers_in(table[name]) if is_own else tables.as_array(table[name], name=name)
             columns[name] = values if values.ndim == 2 else values.astype(np.float32)
     return columns
 

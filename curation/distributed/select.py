@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -140,16 +140,37 @@ def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
 
 
+def check_numbers(output: str, groups: list[list[int]], columns: Iterable[str]) -> None:
+    """ValueError if one of the pool's own fields, of which numbers are asked, has values and in no shard a number."""
+    wanted = sorted({name for name in columns if name.startswith(JSON_PREFIX)})
+    if not wanted:
+        return
+    refusals = list(ordered(_refusals, ((output, group, wanted) for group in groups)))
+    for name in wanted:
+        told = [part[name] for part in refusals if name in part]
+        if told and all(told):
+            raise ValueError(told[0])
+
+
 def _check_columns(output: str, groups: list[list[int]], steps: Sequence[Step]) -> None:
-    """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name."""
+    """ValueError if no shard has a field that a filter or selector needs, as with a mistyped name, or numbers of it."""
     filters = [step for step in steps if isinstance(step, (Threshold, OneOf)) and step.nulls == "drop"]
     wanted = {step.column for step in filters} | {step.balance for step in steps if isinstance(step, Balance)}
     wanted -= DERIVED.keys() | LABELS.keys()
     for step in steps:
         if isinstance(step, Select):
             wanted |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
-    if not wanted or not groups:
+    if not groups:
         return
+    if wanted:
+        _check_known(output, groups, wanted)
+    asked = [step.column for step in steps if isinstance(step, Threshold)]
+    asked += [step.balance for step in steps if isinstance(step, Balance) and step.edges]
+    asked += [name for step in steps if isinstance(step, Select) for name in step.selector().needs]
+    check_numbers(output, groups, asked)
+
+
+def _check_known(output: str, groups: list[list[int]], wanted: set[str]) -> None:
     known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
     for name in sorted(wanted - known):
         own = sorted(column for column in known if column.startswith(JSON_PREFIX))
@@ -258,6 +279,23 @@ def _search(output: str, groups: list[list[int]], decided: list[Decided], *, kee
 
 def _column_names(output: str, numbers: list[int]) -> frozenset[str]:
     return frozenset().union(*(tables.column_names(output, number) for number in numbers))
+
+
+def _refusals(output: str, numbers: list[int], columns: list[str]) -> dict[str, str]:
+    """Column that has values -> why it cannot be taken for numbers, empty as soon as a shard has one."""
+    told: dict[str, str] = {}
+    for name in columns:
+        for number in numbers:
+            column = tables.read(output, number, [name])[name]
+            if column.null_count < len(column):
+                try:
+                    tables.as_numbers(column, name=name)
+                except ValueError as error:
+                    told[name] = str(error)
+                else:
+                    told[name] = ""
+                    break
+    return told
 
 
 def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:

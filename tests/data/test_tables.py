@@ -252,7 +252,41 @@ class TestAsNumbersAndText:
         assert found.dtype == np.float64
         assert np.array_equal(found, np.array(numbers, np.float64), equal_nan=True)
 
-    @pytest.mark.parametrize("values", [["0.5", "n/a"], [[1]], [""]])
+    def test_a_value_that_is_no_number_costs_no_other(self):
+        texts = [
+            "640",
+            "N/A",
+            None,
+            "",
+            " 5",
+            "1_0",
+            "0x1",
+            "1e3",
+            "-.5",
+            "+5.",
+            "iNf",
+            "9" * 400,
+            "true",
+            "[640]",
+            "1.",
+        ]
+        column = pa.chunked_array([pa.array(texts)])
+        nan, inf = math.nan, math.inf
+        expected = [640, nan, nan, nan, nan, nan, nan, 1000, -0.5, 5, inf, inf, nan, nan, 1]
+        for found in (tables.as_numbers(column, name="x"), tables.numbers_in(column)):
+            assert np.array_equal(found, np.array(expected, np.float64), equal_nan=True)
+        assert np.isnan(tables.numbers_in(pa.chunked_array([json_column([[640], None])]))).all()
+
+    @given(st.text("0123456789+-.eEinfINFatyTY \n", max_size=6))
+    def test_what_is_a_number_is_what_arrow_casts(self, text):
+        column = pa.chunked_array([pa.array([text])])
+        try:
+            expected = column.cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:
+            expected = np.array([math.nan])
+        assert np.array_equal(tables.numbers_in(column), expected, equal_nan=True)
+
+    @pytest.mark.parametrize("values", [["n/a"], ["a", None], [[1]], [""]])
     def test_a_column_that_holds_no_numbers_is_named(self, values):
         with pytest.raises(ValueError, match="column 'json.x' of type .* holds no numbers"):
             tables.as_array(pa.chunked_array([json_column(values)]), name="json.x")

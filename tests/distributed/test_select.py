@@ -45,7 +45,10 @@ def pool(tmp_path: Path) -> str:
             "text_embedding": np.zeros((int((~dropped).sum()), 4), np.float16),
             "clip_score": [None if d else float(s) for d, s in zip(dropped, scores, strict=True)],
         }
-        fields = [{"aesthetic": None if row % 5 == 0 else row / 2, "title": "text"} for row in range(n)]
+        odd = [row if number and row % 4 else "N/A" for row in range(n)]
+        fields = [
+            {"aesthetic": None if row % 5 == 0 else row / 2, "title": "text", "odd": odd[row]} for row in range(n)
+        ]
         tables.write(str(tmp_path), number, tables.sample_table(columns, fields))
     return str(tmp_path)
 
@@ -113,6 +116,15 @@ def test_thresholds_keep_the_range_and_treat_nulls_as_told(pool: str) -> None:
     _, kept = run(pool, [Threshold(column="json.aesthetic", at_least=2.0, nulls="keep")])
     loose = [r for r in rows if r["json.aesthetic"] is None or r["json.aesthetic"] >= 2.0]
     assert kept["address"].to_pylist() == [r["address"] for r in loose]
+
+
+def test_a_value_that_is_no_number_is_no_value_also_where_a_shard_holds_no_other(pool: str) -> None:
+    rows = candidates(pool)
+    numbers = {row["address"]: float(row["json.odd"]) for row in rows if row["json.odd"] != "N/A"}
+    _, kept = run(pool, [Threshold(column="json.odd", at_least=6)])
+    assert kept["address"].to_pylist() == [address for address, number in numbers.items() if number >= 6]
+    best = Select(method={"name": "clip_score", "column": "json.odd"}, keep_fraction=1.0, ties="datacomp")
+    assert run(pool, [best])[1]["address"].to_pylist() == list(numbers)
 
 
 def test_a_filter_on_a_field_that_no_shard_has_is_an_error_unless_it_keeps_nulls(pool: str) -> None:
