@@ -52,6 +52,7 @@ WARNINGS: dict[str, str] = {
     "json:too_large": "a json is above max_json_bytes; the sample has no fields",
     "json:not_an_object": "a json is a list or a value; the sample has no fields",
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
+    "json:too_many_columns": "a json has fields beyond the 4,096 names that a shard's table has columns for",
     "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
     "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
     LEFT_OUT: "with best_caption_of: a text that cannot be a caption; the sample has others, or is dropped",

@@ -28,6 +28,8 @@ from curation.data.json_columns import as_text, json_column
 from curation.data.manifest import shard_name
 
 FOLDER = "samples"
+MAX_JSON_COLUMNS = 4096
+"""Names of json fields that a table has columns for, by first appearance in the shard."""
 ROWS_PER_GROUP = 1024
 """Rows of a parquet row group: training reads some hundred neighbouring rows of a table, not all of it."""
 
@@ -66,7 +68,8 @@ def check_piece_name(piece: str, *, known: Iterable[str] = ()) -> str:
 
 
 def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequence[dict[str, Any]]) -> pa.Table:
-    """The table of one shard: our columns, then the pool's json fields (n dicts) in order of first appearance.
+    """The table of one shard: our columns, then the pool's json fields (n dicts) in order of first appearance, at most
+    MAX_JSON_COLUMNS of them.
 
     `image_embedding` and `text_embedding` are (m, D) float16 for the m rows whose status is "ok", in row order.
     ValueError if the columns differ in length.
@@ -83,11 +86,30 @@ def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequenc
             arrays.append(spread(np.asarray(value, dtype=np.float16), ok))
         else:
             arrays.append(pa.array(value, type=field.type))
-    names = list(dict.fromkeys(name for row in fields for name in row))
-    json_arrays = [json_column([row.get(name) for row in fields]) for name in names]
-    json_names = [JSON_PREFIX + name for name in names]
+    by_name, _ = _by_name(fields)
+    json_arrays = [json_column([values.get(row) for row in range(len(fields))]) for values in by_name.values()]
+    json_names = [JSON_PREFIX + name for name in by_name]
     table = pa.Table.from_arrays([*arrays, *json_arrays], names=[*schema.names, *json_names])
     return table.replace_schema_metadata(schema.metadata)
+
+
+def too_many_columns(fields: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The warning that rows' fields are beyond the columns that a table has for them; empty if there are none."""
+    _, num_rows = _by_name(fields)
+    return {"json:too_many_columns": num_rows} if num_rows else {}
+
+
+def _by_name(fields: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[int, Any]], int]:
+    """Name -> row -> value, of the first MAX_JSON_COLUMNS names, and how many rows have others. One pass: jsons with
+    names of their own would make a table that grows with the square of its rows."""
+    by_name: dict[str, dict[int, Any]] = {}
+    num_rows = 0
+    for row, given in enumerate(fields):
+        for name, value in given.items():
+            if name in by_name or len(by_name) < MAX_JSON_COLUMNS:
+                by_name.setdefault(name, {})[row] = value
+        num_rows += not given.keys() <= by_name.keys()
+    return by_name, num_rows
 
 
 def spread(values_M: np.ndarray, has_value: np.ndarray) -> pa.Array:

@@ -233,6 +233,22 @@ class TestRead:
             tables.read(output, 3)
 
 
+class TestManyNames:
+    def test_a_table_has_so_many_json_columns_and_the_rows_that_lose_others_are_counted(self, monkeypatch):
+        fields = [{"a": 1, "b": 2}, {}, {"c": 3, "a": 4, "d": 5}, {"e": None, "c": 6}]
+        assert tables.too_many_columns(fields) == {}
+        whole = table_of(fields)
+        monkeypatch.setattr(tables, "MAX_JSON_COLUMNS", 3)
+        assert tables.too_many_columns(fields) == {"json:too_many_columns": 2}
+        assert table_of(fields).equals(whole.select(whole.column_names[:-2]))
+        assert whole.column_names[-5:] == ["json.a", "json.b", "json.c", "json.d", "json.e"]
+        assert whole["json.c"].to_pylist() == [None, None, 3, 6] and pa.types.is_null(whole["json.e"].type)
+
+    def test_names_of_each_rows_own_do_not_make_a_column_each(self):
+        table = table_of([{f"{row}-{name}": row for name in range(64)} for row in range(100)])
+        assert sum(name.startswith("json.") for name in table.column_names) == tables.MAX_JSON_COLUMNS
+
+
 class TestAsNumbersAndText:
     @pytest.mark.parametrize(
         ("values", "numbers"),
