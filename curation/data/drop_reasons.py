@@ -63,6 +63,7 @@ WARNINGS: dict[str, str] = {
     "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:set_aside": "three workers died in the shard and at none of its samples: nothing of it was embedded",
     "shard:absent": "a shard is named by the pattern, but is not there",
+    "guards:no_value": "a row lacks the url or sha256 by which a list or an evaluation set finds it, and was let pass",
     "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
 }
 """Everything that is counted without dropping a sample."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
@@ -30,8 +31,8 @@ from curation.data import manifest, storage, tables, verdicts
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
 from curation.data.labels import LABELS, URL_COLUMNS
-from curation.data.row_tests import RowTest
-from curation.data.tallies import EXAMPLES, RemovedRows, Tally
+from curation.data.row_tests import NotCopied, NotListed, RowTest
+from curation.data.tallies import EXAMPLES, HaveOne, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.data.verdicts import Verdict, stored_part
 from curation.distributed import bucket_select
@@ -79,11 +80,13 @@ class StepCount(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The outcome over a pool: `decided` tests a row, `counts` is the waterfall, `uid_bounds` part the uids evenly."""
+    """The outcome over a pool: `decided` tests a row, `counts` is the waterfall, `uid_bounds` part the uids evenly,
+    `warnings` count the rows without what a step goes by."""
 
     decided: list[Decided]
     counts: list[StepCount]
     uid_bounds: np.ndarray
+    warnings: dict[str, int]
 
     @property
     def rows(self) -> int:
@@ -102,7 +105,8 @@ def select(
 ) -> Selected:
     """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped.
 
-    `guards` come first; they do not move the steps' seeds.
+    `guards` come first; they do not move the steps' seeds. ValueError if no row has what a list or an evaluation set
+    finds samples by, or a step asks for a field that no shard has.
     """
     groups = in_groups(numbers)
     _check_columns(output, groups, steps)
@@ -111,8 +115,11 @@ def select(
     rows = embedded - len(later)
     counts = [StepCount("duplicate_uid", embedded, rows, tuple(later[:EXAMPLES].tolist()))]
     decided: list[Decided] = []
+    warnings: Counter[str] = Counter()
     for place, step in enumerate([*guards, *steps], start=-len(guards)):
         of_step = _seed_of_step(seed, place)
+        if isinstance(step, NotListed | NotCopied):
+            warnings["guards:no_value"] += _unfound(step, output, groups, decided)
         if isinstance(step, Balance):
             test = within_quotas(step, of_step, partial(tally, output, groups, decided))
         elif isinstance(step, Select) and isinstance(step.selector(), BucketSelector):
@@ -126,7 +133,7 @@ def select(
         removed = tally(output, groups, decided, RemovedRows())
         rows_in, rows = rows, removed.rows if removed else 0
         counts.append(StepCount(step.name, rows_in, rows, tuple(removed.addresses.tolist()) if removed else ()))
-    return Selected(decided, counts, bounds)
+    return Selected(decided, counts, bounds, dict(sorted((+warnings).items())))
 
 
 def tally(output: str, groups: Sequence[list[int]], decided: Sequence[Decided], count: Tally[T]) -> T | None:
@@ -177,6 +184,17 @@ def _check_known(output: str, groups: list[list[int]], wanted: set[str]) -> None
         nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
         hint = f", did you mean {nearest[0]!r}?" if nearest else "."
         raise ValueError(f"no shard has a column {name!r}{hint} The pool's own fields are {own}")
+
+
+def _unfound(test: NotListed | NotCopied, output: str, groups: list[list[int]], decided: list[Decided]) -> int:
+    """How many of the rows that reach a test lack what it finds them by. ValueError if all do: it would do nothing."""
+    if test.found_by == {"uid"}:
+        return 0
+    told = tally(output, groups, decided, HaveOne(test.found_by))
+    found, unfound = (0, 0) if told is None else told.tolist()
+    if unfound and not found:
+        raise ValueError(test.blind(unfound))
+    return unfound
 
 
 def _test_of(step: Threshold | OneOf | Select | RowTest) -> RowTest | Select:
