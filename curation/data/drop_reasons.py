@@ -64,6 +64,7 @@ WARNINGS: dict[str, str] = {
     "shard:set_aside": "three workers died in the shard and at none of its samples: nothing of it was embedded",
     "shard:absent": "a shard is named by the pattern, but is not there",
     "guards:no_value": "a row lacks the url or sha256 by which a list or an evaluation set finds it, and was let pass",
+    "selection:no_vector": "a row that reached a step that compares rows lacks the column: the step left it out",
     "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
 }
 """Everything that is counted without dropping a sample."""

@@ -124,6 +124,7 @@ def select(
             test = within_quotas(step, of_step, partial(tally, output, groups, decided))
         elif isinstance(step, Select) and isinstance(step.selector(), BucketSelector):
             test = _compared(step, output, groups, decided, rows=rows, seed=of_step, place=place)
+            warnings["selection:no_vector"] += bucket_select.without_vector(test.folder)
         else:
             test = _test_of(step)
         now = Decided(test, of_step, sampling.KEEP_ALL)
