@@ -185,6 +185,8 @@ def _print(recipe: ColumnsRecipe, summary: ColumnsSummary) -> None:
         f"{recipe.run}/columns/{recipe.column}: {summary.rows:,} rows in {summary.shards:,} shards, "
         f"{summary.made_now:,} of them made now in {summary.seconds:,.1f} s"
     )
+    if summary.absent:
+        print(f"{len(summary.absent):,} shards have left the pool and got no value, such as {summary.absent[0]}")
     if summary.missing:
         print(f"{summary.missing:,} rows have no value: their image can no longer be decoded")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from curation.data.tables import as_numbers
+from curation.columns import JSON_PREFIX
+from curation.data.tables import as_numbers, numbers_in
 
 WIDTHS = ("json.original_width", "json.WIDTH", "width")
 HEIGHTS = ("json.original_height", "json.HEIGHT", "height")
@@ -30,9 +31,10 @@ def sources_of(name: str) -> tuple[str, ...]:
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A column, derived or not, as float64 (n,); NaN where there is no value."""
+    """A column, derived or not, as float64 (n,); NaN where there is no value, or in the pool's own fields no number."""
     if name not in DERIVED:
-        return as_numbers(table[name], name=name)
+        is_own = name.startswith(JSON_PREFIX)
+        return numbers_in(table[name]) if is_own else as_numbers(table[name], name=name)
     if name.startswith("caption_"):
         captions = table["caption"].to_pylist()
         count = len if name == "caption_chars" else _num_words
@@ -51,5 +53,5 @@ def _num_words(caption: str) -> int:
 def _first_known(table: pa.Table, names: tuple[str, ...]) -> np.ndarray:
     values = np.full(table.num_rows, np.nan)
     for name in names:
-        values = np.where(np.isnan(values), as_numbers(table[name], name=name), values)
+        values = np.where(np.isnan(values), numbers_in(table[name]), values)
     return values

@@ -52,6 +52,7 @@ WARNINGS: dict[str, str] = {
     "json:too_large": "a json is above max_json_bytes; the sample has no fields",
     "json:not_an_object": "a json is a list or a value; the sample has no fields",
     "json:too_many_fields": "a json has more than max_json_fields fields; the first ones are kept",
+    "json:too_many_columns": "a json has fields beyond the 4,096 names that a shard's table has columns for",
     "parquet:column_left_out": "a column of bytes, tensors or an unknown type is not carried over",
     "parquet:value_left_out": "a value that no json can hold, or that is above max_json_bytes, became null",
     LEFT_OUT: "with best_caption_of: a text that cannot be a caption; the sample has others, or is dropped",
@@ -62,6 +63,8 @@ WARNINGS: dict[str, str] = {
     "metadata:no_row": "the pool's metadata have no row with the sample's uid; it lacks their numbers",
     "shard:set_aside": "three workers died in the shard and at none of its samples: nothing of it was embedded",
     "shard:absent": "a shard is named by the pattern, but is not there",
+    "guards:no_value": "a row lacks the url or sha256 by which a list or an evaluation set finds it, and was let pass",
+    "selection:no_vector": "a row that reached a step that compares rows lacks the column: the step left it out",
     "audit:lift": "a group of samples is kept much more, or much less, often than others: see selection/audit.parquet",
 }
 """Everything that is counted without dropping a sample."""

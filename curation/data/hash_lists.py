@@ -121,8 +121,9 @@ def _from_text(url: str) -> Iterator[str]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    for line in file:
-        text = line.decode("utf-8").strip()
+    for number, line in enumerate(file):
+        # Spreadsheets begin a file with a byte order mark, which is none of the first entry's bytes.
+        text = line.decode("utf-8" if number else "utf-8-sig").strip()
         if text and not text.startswith("#"):
             yield text
 

@@ -1,7 +1,7 @@
 """Words that say to which group a row belongs: a language, the domain of its url, a range of sizes or other numbers.
 
-A column of text, truth values or whole numbers is its own label. A column of other numbers needs edges: the label is
-the range [low, high) that the number is in.
+A column of text, truth values or whole numbers (1.0 is one) is its own label. A column of other numbers needs edges:
+the label is the range [low, high) that the number is in.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sources_of(name: str) -> tuple[str, ...]:
 
 
 def labels(table: pa.Table, name: str, *, edges: Sequence[float] = ()) -> pa.Array:
-    """A label of each row as text (n,), null where there is no value. ValueError if a number needs edges."""
+    """A label of each row as text (n,), null where there is no value. ValueError if fractions need edges."""
     if name == "url_domain":
         urls = pc.call_function("coalesce", [as_text(table[column]) for column in URL_COLUMNS])
         return pa.array([None if url is None else domain_of(url) for url in urls.to_pylist()], pa.string())
@@ -44,9 +44,15 @@ def labels(table: pa.Table, name: str, *, edges: Sequence[float] = ()) -> pa.Arr
         return ranges(derived_columns.numbers(table, "min_side"), SIZE_EDGES)
     if edges:
         return ranges(derived_columns.numbers(table, name), edges)
-    if name in DERIVED or pa.types.is_floating(table[name].type):
+    if name not in DERIVED and not pa.types.is_floating(table[name].type):
+        return as_text(table[name]).combine_chunks()
+    values = derived_columns.numbers(table, name)
+    has_value = ~np.isnan(values)
+    # A shard stores whole numbers as floats where one of them is 1.0: it is the group of another shard's 1.
+    if name in DERIVED or not all(value.is_integer() for value in values[has_value].tolist()):
         raise ValueError(f"column {name!r} holds numbers: a label needs edges between their ranges")
-    return as_text(table[name]).combine_chunks()
+    texts = [str(int(value)) if known else None for value, known in zip(values, has_value, strict=True)]
+    return pa.array(texts, pa.string())
 
 
 def ranges(values_N: np.ndarray, edges: Sequence[float]) -> pa.Array:

@@ -95,6 +95,18 @@ class NotListed:
         """What the list names samples by."""
         return frozenset(URL_COLUMNS if self.kind == "url" else {self.kind})
 
+    @property
+    def found_by(self) -> frozenset[str]:
+        """Columns of which a row must have one to be found."""
+        return self.needs
+
+    def blind(self, rows: int) -> str:
+        """What is wrong if none of so many rows has one."""
+        return (
+            f"{self.name}: the list names samples by {self.kind}, and none of the {rows} samples has one (no "
+            f"{' or '.join(sorted(self.needs))}): nobody would be left out. Give a list of what they have"
+        )
+
     def passes(self, table: pa.Table) -> np.ndarray:
         """Which rows are not on the list."""
         list_M = hash_lists.opened(self.list_url)
@@ -105,6 +117,35 @@ class NotListed:
             entries = hash_lists.entries_of(texts.drop_null().to_pylist(), self.kind)
             is_listed[has_value] |= hash_lists.contains(list_M, entries)
         return ~is_listed
+
+
+@dataclass(frozen=True)
+class NotCopied:
+    """Rows whose image's bytes an evaluation set does not have, by a column that is 1 for those that it has."""
+
+    name: str
+    column: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The column, and what it was made of."""
+        return frozenset({self.column}) | self.found_by
+
+    @property
+    def found_by(self) -> frozenset[str]:
+        """Columns of which a row must have one to be found."""
+        return frozenset({"sha256"})
+
+    def blind(self, rows: int) -> str:
+        """What is wrong if none of so many rows has one."""
+        return (
+            f"{self.name}: copies are found by the sha256 of an image, and none of the {rows} samples has one: set "
+            "decontaminate.exact to false"
+        )
+
+    def passes(self, table: pa.Table) -> np.ndarray:
+        """Which rows are no copies."""
+        return derived_columns.numbers(table, self.column) != 1
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.columns import CAPTION_FROM, FORMAT_VERSION, JSON_PREFIX, sample_schema
@@ -27,12 +28,16 @@ from curation.data.json_columns import as_text, json_column
 from curation.data.manifest import shard_name
 
 FOLDER = "samples"
+MAX_JSON_COLUMNS = 4096
+"""Names of json fields that a table has columns for, by first appearance in the shard."""
 ROWS_PER_GROUP = 1024
 """Rows of a parquet row group: training reads some hundred neighbouring rows of a table, not all of it."""
 
 
 PIECES = "columns"
 PIECE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+NUMBER = r"^[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|(?i:inf|infinity|nan))$"
+"""Text that Arrow casts to a number."""
 
 
 def url_of(output: str, shard_number: int) -> str:
@@ -63,7 +68,8 @@ def check_piece_name(piece: str, *, known: Iterable[str] = ()) -> str:
 
 
 def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequence[dict[str, Any]]) -> pa.Table:
-    """The table of one shard: our columns, then the pool's json fields (n dicts) in order of first appearance.
+    """The table of one shard: our columns, then the pool's json fields (n dicts) in order of first appearance, at most
+    MAX_JSON_COLUMNS of them.
 
     `image_embedding` and `text_embedding` are (m, D) float16 for the m rows whose status is "ok", in row order.
     ValueError if the columns differ in length.
@@ -80,11 +86,30 @@ def sample_table(columns: dict[str, Sequence[Any] | np.ndarray], fields: Sequenc
             arrays.append(spread(np.asarray(value, dtype=np.float16), ok))
         else:
             arrays.append(pa.array(value, type=field.type))
-    names = list(dict.fromkeys(name for row in fields for name in row))
-    json_arrays = [json_column([row.get(name) for row in fields]) for name in names]
-    json_names = [JSON_PREFIX + name for name in names]
+    by_name, _ = _by_name(fields)
+    json_arrays = [json_column([values.get(row) for row in range(len(fields))]) for values in by_name.values()]
+    json_names = [JSON_PREFIX + name for name in by_name]
     table = pa.Table.from_arrays([*arrays, *json_arrays], names=[*schema.names, *json_names])
     return table.replace_schema_metadata(schema.metadata)
+
+
+def too_many_columns(fields: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The warning that rows' fields are beyond the columns that a table has for them; empty if there are none."""
+    _, num_rows = _by_name(fields)
+    return {"json:too_many_columns": num_rows} if num_rows else {}
+
+
+def _by_name(fields: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[int, Any]], int]:
+    """Name -> row -> value, of the first MAX_JSON_COLUMNS names, and how many rows have others. One pass: jsons with
+    names of their own would make a table that grows with the square of its rows."""
+    by_name: dict[str, dict[int, Any]] = {}
+    num_rows = 0
+    for row, given in enumerate(fields):
+        for name, value in given.items():
+            if name in by_name or len(by_name) < MAX_JSON_COLUMNS:
+                by_name.setdefault(name, {})[row] = value
+        num_rows += not given.keys() <= by_name.keys()
+    return by_name, num_rows
 
 
 def spread(values_M: np.ndarray, has_value: np.ndarray) -> pa.Array:
@@ -99,12 +124,27 @@ def spread(values_M: np.ndarray, has_value: np.ndarray) -> pa.Array:
 
 
 def as_numbers(column: pa.ChunkedArray, *, name: str) -> np.ndarray:
-    """A column as float64 (n,), null as NaN. ValueError if it holds text that is no number."""
-    try:
-        # Not `safe`, which refuses integers above 2**53 because they are rounded, as they must be to be compared.
-        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"column {name!r} of type {column.type} holds no numbers: {error}") from error
+    """A column as float64 (n,), null and text that is no number as NaN. ValueError if all its values are no numbers."""
+    numbers = _parsed(column)
+    if numbers.null_count == len(column) > column.null_count:
+        raise ValueError(f"column {name!r} of type {column.type} holds no numbers")
+    return numbers.to_numpy(zero_copy_only=False)
+
+
+def numbers_in(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64 (n,), null and all that is no number as NaN: that of one shard, where others hold numbers."""
+    return _parsed(column).to_numpy(zero_copy_only=False)
+
+
+def _parsed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as doubles, null where a value is no number. One odd value of a pool's own must not cost the others."""
+    if pa.types.is_string(column.type):
+        is_number = pc.call_function("match_substring_regex", [column], pc.MatchSubstringOptions(NUMBER))
+        column = pc.call_function("if_else", [is_number, column, pa.scalar(None, pa.string())])
+    elif not pa.types.is_primitive(column.type) and not pa.types.is_null(column.type):
+        return pa.chunked_array([pa.nulls(len(column), pa.float64())])
+    # Not `safe`, which refuses integers above 2**53 because they are rounded, as they must be to be compared.
+    return column.cast(pa.float64(), safe=False)
 
 
 def as_array(column: pa.ChunkedArray, *, name: str) -> np.ndarray:

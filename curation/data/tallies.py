@@ -70,6 +70,24 @@ def _lowest(removed: Removed) -> Removed:
     return Removed(removed.rows, removed.ties[order], removed.addresses[order])
 
 
+@dataclass(frozen=True)
+class HaveOne:
+    """How many of the rows that reach the step which is to come have a value in one of some columns, and how many in
+    none: (2,) int64."""
+
+    needs: frozenset[str]
+
+    def __call__(self, table: pa.Table, stages_SN: np.ndarray) -> np.ndarray:
+        """One shard's."""
+        has_one = np.any([table[name].is_valid().to_numpy() for name in sorted(self.needs)], axis=0)
+        reached = stages_SN[-1]
+        return np.array([(reached & has_one).sum(), (reached & ~has_one).sum()])
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of two together."""
+        return a + b
+
+
 class Label(NamedTuple):
     """A column by whose label rows are grouped; `edges` part a column of numbers."""
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from curation.columns import FORMAT_VERSION
 from curation.data import storage
 from curation.data.tallies import GroupCounts, Label
-from curation.distributed.select import Selected, StepCount, tally
+from curation.distributed.select import Selected, StepCount, check_numbers, tally
 from curation.distributed.tasks import in_groups
 from curation.recipe import Audit, CurateRecipe, Select
 
@@ -54,7 +54,10 @@ TOTAL, OTHERS = "(all steps)", "(other groups)"
 
 
 def write_waterfall_and_audit(recipe: CurateRecipe, numbers: Sequence[int], selected: Selected) -> dict[str, int]:
-    """Write both tables; the warnings are how many groups the audit warns of. One pass for each column."""
+    """Write both tables; the warnings are how many groups the audit warns of. One pass for each column.
+
+    ValueError if a group's edges part a field that holds no numbers.
+    """
     folder = storage.join(recipe.output, "selection")
     _write(storage.join(folder, "waterfall.parquet"), waterfall_table(selected.counts))
     names = [count.name for count in selected.counts[1:]]  # repeats of a uid are no candidates
@@ -65,6 +68,7 @@ def write_waterfall_and_audit(recipe: CurateRecipe, numbers: Sequence[int], sele
         counts = tally(recipe.output, groups, selected.decided, GroupCounts(Label(column, edges)))
         # What a selector does by design is told, and not warned of.
         rows += [{**row, "warned": False} for row in audit_rows(column, counts or {}, names, recipe.audit)]
+    check_numbers(recipe.output, groups, (group.column for group in recipe.audit.groups if group.edges))
     for group in recipe.audit.groups:
         counts = tally(recipe.output, groups, selected.decided, GroupCounts(Label(group.column, group.edges)))
         rows += audit_rows(group.column, counts or {}, names, recipe.audit)

@@ -27,6 +27,7 @@ import torch
 from torch import Generator
 from torch.nn import functional as F
 
+from curation.columns import JSON_PREFIX
 from curation.data import storage, tables, verdicts
 from curation.data.uid_sort import UidSort, splitters
 from curation.data.verdicts import KeptRows
@@ -41,6 +42,7 @@ ROWS_PER_RUN = 50_000
 PROGRESS = 0.0
 SWEEP = (*(place / 100 for place in range(50, 100)), 0.995, 0.999)
 """Cosines at which it is counted how many rows would fall."""
+UNCOMPARED = "uncompared.json"
 KEPT_DTYPE = np.dtype([("address", "<i8"), ("score", "<f4")])
 
 Candidates = Callable[[int, frozenset[str]], pa.Table]
@@ -67,7 +69,10 @@ def decide(
     keep: int | None,
     seed: int,
 ) -> None:
-    """Write the verdict on the `rows` rows that reach the step, unless it is there. `keep` rows stay, or as it says."""
+    """Write the verdict on the `rows` rows that reach the step, unless it is there. `keep` rows stay, or as it says.
+
+    Rows without the vector that is compared do not stay: `without_vector` says how many they were.
+    """
     if verdicts.exists(folder):
         return
     buckets = Buckets(selector, folder, seed, candidates)
@@ -87,10 +92,17 @@ def decide(
     accounts = list(ordered(_decide_run, inputs))
     if isinstance(selector, OutcomeSelector) and selector.bucket_by == "clusters":
         _write_sweep(folder, accounts, rows=int(sizes_K.sum()))
+    storage.write_bytes(storage.join(folder, UNCOMPARED), json.dumps({"rows": rows - int(sizes_K.sum())}).encode())
     _write_verdict(folder, len(runs), groups, num_kept=sum(account["kept"] for account in accounts))
     for place in range(len(groups)):
         for name in ("bin", "json"):
             storage.delete(storage.join(folder, "rows", f"{place:08d}.{name}"))
+
+
+def without_vector(folder: str) -> int:
+    """How many rows reached a decided step and were not compared, for want of the column."""
+    url = storage.join(folder, UNCOMPARED)
+    return json.loads(storage.read_bytes(url))["rows"] if storage.exists(url) else 0
 
 
 def _cut_finer(buckets: Buckets, groups: Sequence[list[int]], rows: int) -> int:
@@ -169,7 +181,8 @@ def columns_of(table: pa.Table, needs: frozenset[str]) -> dict[str, np.ndarray]:
                 texts = [text[:32] if text else uid for text, uid in zip(texts, table["uid"].to_pylist(), strict=True)]
             columns[name] = sampling.uid_words(texts).view(np.int64)
         else:
-            values = tables.as_array(table[name], name=name)
+            is_own = name.startswith(JSON_PREFIX)
+            values = tables.numbers_in(table[name]) if is_own else tables.as_array(table[name], name=name)
             columns[name] = values if values.ndim == 2 else values.astype(np.float32)
     return columns
 
@@ -186,7 +199,7 @@ def _sample(buckets: Buckets, numbers: list[int], share: float) -> np.ndarray:
     column = buckets.selector.column
     parts = []
     for number in numbers:
-        table = buckets.candidates(number, frozenset({"uid", column}))
+        table = _with_vector(buckets, buckets.candidates(number, frozenset({"uid", column})))
         chosen = sampling.hash_uniform(sampling.uid_words(table["uid"].to_pylist()), buckets.seed) < share
         if chosen.any():
             parts.append(tables.as_array(table.filter(pa.array(chosen))[column], name=column))
@@ -206,18 +219,21 @@ def _cut(buckets: Buckets, place: int, numbers: list[int]) -> np.ndarray:
     url, account_url = _rows_urls(buckets, place)
     if storage.exists(account_url):
         return np.diff(json.loads(storage.read_bytes(account_url))["begins"])
-    table = pa.concat_tables(buckets.candidates(number, selector.needs | {"address", "uid"}) for number in numbers)
-    columns = columns_of(table, selector.needs | {"uid"})
+    parts = [_compared(buckets, number) for number in numbers]
+    # Of a shard without rows not even the width of its vectors is known.
+    parts = [part for part in parts if len(part["address"])] or parts[:1]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    address = columns.pop("address")
     if buckets.num_buckets == 1:
-        bucket = np.zeros(table.num_rows, np.int64)
+        bucket = np.zeros(len(address), np.int64)
     elif selector.bucket_by == "hashes":
         bucket = bucketing.buckets_by_hash(columns[selector.column].view(np.uint64), num_buckets=buckets.num_buckets)
     else:
         cutting, words = _cutting(buckets.folder), columns["uid"].view(np.uint64)
         bucket = bucketing.buckets_by_cluster(cutting, _unit(columns[selector.column]), words)
     fields = [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
-    rows = np.empty(table.num_rows, np.dtype([("address", "<i8"), *fields]))
-    for name, values in {"address": table["address"].to_numpy(), **columns}.items():
+    rows = np.empty(len(address), np.dtype([("address", "<i8"), *fields]))
+    for name, values in {"address": address, **columns}.items():
         rows[name] = values
     order = np.argsort(bucket, kind="stable")
     begins = np.searchsorted(bucket[order], np.arange(buckets.num_buckets + 1))
@@ -225,6 +241,20 @@ def _cut(buckets: Buckets, place: int, numbers: list[int]) -> np.ndarray:
     account = {"dtype": np.lib.format.dtype_to_descr(rows.dtype), "begins": begins.tolist()}
     storage.write_bytes(account_url, json.dumps(account).encode())
     return np.diff(begins)
+
+
+def _compared(buckets: Buckets, number: int) -> dict[str, np.ndarray]:
+    """Columns of the rows of one shard that can be compared, and their addresses. A json field's type is the shard's
+    own, so it is made an array before shards are put together."""
+    needs = buckets.selector.needs
+    table = _with_vector(buckets, buckets.candidates(number, needs | {"address", "uid"}))
+    return {"address": table["address"].to_numpy(), **columns_of(table, needs | {"uid"})}
+
+
+def _with_vector(buckets: Buckets, table: pa.Table) -> pa.Table:
+    """The rows that have a vector: a column of `jobs.fit` has none of an image that it could not decode."""
+    by_vector = buckets.selector.bucket_by == "clusters"
+    return table.filter(table[buckets.selector.column].is_valid()) if by_vector else table
 
 
 def _rows_urls(buckets: Buckets, place: int) -> tuple[str, str]:

@@ -66,6 +66,7 @@ class CachedEmbed:
             raise OSError(f"{url} or its embeddings changed while they were read")
         read = time.perf_counter()
         tables.write(spec.output, number, table_of(number, url, cached))
+        too_many = tables.too_many_columns([sample.fields for sample in cached.samples])
         dropped = Counter(reason for reason in cached.reasons if reason is not None)
         record = {
             "shard": number,
@@ -77,7 +78,7 @@ class CachedEmbed:
             "embedded": len(cached.image_ND),
             "dropped": dict(sorted(dropped.items())),
             "decoded": 0,
-            "warnings": dict(sorted(cached.warnings.items())),
+            "warnings": dict(sorted((cached.warnings | too_many).items())),
             "seconds": {
                 "wait": round(read - begun, 4),
                 "decode": 0.0,

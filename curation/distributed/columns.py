@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from curation.data import manifest, shard_list, storage, tables
+from curation.data import manifest, open_shard, shard_list, storage, tables
 from curation.data.images import ImageError, pixels
 from curation.data.lease import Lease
 from curation.data.read_rules import ReadRules
@@ -36,9 +36,11 @@ from curation.models.registry import weights_digest
 from curation.numerics.contrastive import cosine
 from curation.numerics.picture import laplacian_variance, plainness
 from curation.recipe.columns import ColumnsRecipe, EmbeddingsRecipe, FeaturesRecipe, QualityRecipe
+from curation.recipe.curate import Embed
 from curation.recipe.parts import Pool
 
 QUALITY = ("sharpness", "plainness")
+LIST_THREADS = 32
 ROWS_AT_A_TIME = 512
 """Rows whose images are read as one byte range and decoded ahead of the network."""
 
@@ -216,6 +218,8 @@ class ColumnsSummary(NamedTuple):
     """The account of a run: rows that have a value, embedded rows that have none, and what could not be read."""
 
     shards: int
+    absent: list[str]
+    """URLs of shards that left the pool, with their rows, before they had a value."""
     made_now: int
     rows: int
     missing: int
@@ -242,6 +246,13 @@ def add_columns(
                 as_now = {**spec.made_by, "samples": embedded[number]["key"]}
                 manifest.check_same(record["made_by"], as_now, what=f"the column {recipe.column!r} of shard {number}")
             todo = [(shard, embedded[shard.number]["key"]) for shard in shards if shard.number not in made]
+            absent = [] if features_of(recipe) else _absent([shard for shard, _ in todo])
+            if absent and len(absent) == len(todo) and not made:
+                raise ValueError(
+                    f"run: of the {len(absent)} shards of {recipe.run} none is there any more, such as {absent[0]}: "
+                    "bring the pool back to where it was curated"
+                )
+            todo = [(shard, key) for shard, key in todo if shard.url not in absent]
             failures, now = [], 0
             with contextlib.closing(_pool(todo, spec, placement)) as records:
                 for record in records:
@@ -255,6 +266,7 @@ def add_columns(
                         break
     return ColumnsSummary(
         shards=len(shards),
+        absent=absent,
         made_now=now,
         rows=sum(record["made"] for record in made.values()),
         missing=sum(record["missing"] for record in made.values()),
@@ -264,9 +276,30 @@ def add_columns(
     )
 
 
+def _absent(shards: Sequence[Shard]) -> list[str]:
+    """URLs of the shards whose file is not there, as curate takes them: what the store says, not what a node sees."""
+
+    def is_there(shard: Shard) -> bool:
+        try:
+            return storage.exists(open_shard.file_of(shard.url))
+        except OSError:  # the store does not say: the actor that reads the shard tells
+            return True
+
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        return [shard.url for shard, there in zip(shards, pool.map(is_there, shards), strict=True) if not there]
+
+
 def checked(recipe: ColumnsRecipe) -> ColumnsRecipe:
     """The recipe with a URL of its run that every node may open. ValueError if it cannot run; nothing is touched."""
-    return recipe.model_copy(update={"run": checked_run(recipe.run, recipe.column)})
+    run = checked_run(recipe.run, recipe.column)
+    curated = manifest.read(storage.join(run, "recipe.json"))["recipe"]
+    cached = Embed.model_validate(curated["embed"]).cached
+    if cached and not Pool.model_validate(curated["pool"]).metadata and not features_of(recipe):
+        raise ValueError(
+            f"run: {run} was curated from metadata and the embeddings beside them (embed.cached {cached}): its pool "
+            "has no images to make columns of"
+        )
+    return recipe.model_copy(update={"run": run})
 
 
 def checked_run(named: str, column: str) -> str:

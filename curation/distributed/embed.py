@@ -211,6 +211,7 @@ class ShardEmbed:
         with attempt.write():
             tables.write(spec.output, number, piece.table(number, url))
         piece.seconds["write"] = time.perf_counter() - write_begun
+        warnings = reader.warnings + piece.warnings() + Counter(tables.too_many_columns(piece.fields()))
         record = {
             "shard": number,
             "url": url,
@@ -218,7 +219,7 @@ class ShardEmbed:
             "sha256": reader.sha256,
             "bytes": reader.num_bytes,
             **piece.account(),
-            "warnings": dict(sorted((reader.warnings + piece.warnings()).items())) | self._embedder.warnings(),
+            "warnings": dict(sorted(warnings.items())) | self._embedder.warnings(),
             **self._embedder.facts(),
             "seconds": {name: round(value, 4) for name, value in piece.seconds.items()},
             "joules": piece.joules,
@@ -330,7 +331,11 @@ class Piece:
 
     def table(self, number: int, url: str) -> pa.Table:
         """The shard's sample table."""
-        return tables.sample_table(self._columns(number, url), [row.sample.fields for row in self._rows])
+        return tables.sample_table(self._columns(number, url), self.fields())
+
+    def fields(self) -> list[dict[str, Any]]:
+        """The rows' json fields."""
+        return [row.sample.fields for row in self._rows]
 
     def _chosen_from(self) -> dict[str, list[str | None]]:
         """Where each caption stood, if they are chosen: of a row that was not embedded, where its first one does."""

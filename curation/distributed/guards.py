@@ -23,7 +23,7 @@ from curation.data import hash_lists, manifest, row_tests, storage, tables
 from curation.data.mapped import mapped_arrays
 from curation.data.pieces import Record
 from curation.data.read_rules import ListKind
-from curation.data.row_tests import InPart, NotListed, RowTest, Within
+from curation.data.row_tests import InPart, NotCopied, NotListed, RowTest, Within
 from curation.distributed import stored_columns
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.tasks import in_groups, ordered
@@ -104,7 +104,12 @@ def _no_copies(
         maker = _copies_of(output, name, storage.absolute(run), samples, numbers)
         stored_columns.make(output, samples, numbers, maker)
         if decontaminate.exact:
-            tests.append(Within(f"copy in {name}", f"{maker.piece}.exact", None, 0.0, "keep"))
+            if not len(_opened_set(maker.folder)[1]):
+                raise ValueError(
+                    f"decontaminate.sets[{name!r}]: {run} has no sha256 of an image, by which exact copies are found: "
+                    "set decontaminate.exact to false"
+                )
+            tests.append(NotCopied(f"copy in {name}", f"{maker.piece}.exact"))
         if decontaminate.near is not None:
             # The test is of the largest number below the threshold: "at least" is a copy.
             below = float(np.nextafter(decontaminate.near, -np.inf))

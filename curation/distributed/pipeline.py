@@ -322,7 +322,7 @@ def _select_and_write(recipe: CurateRecipe, embedded: Embedded, summary: Summary
         guards=guards(recipe, embedded.pieces, numbers),
         audited=[group.column for group in recipe.audit.groups],
     )
-    warnings = {**summary.warnings, **write_waterfall_and_audit(recipe, numbers, selected)}
+    warnings = {**summary.warnings, **selected.warnings, **write_waterfall_and_audit(recipe, numbers, selected)}
     select_seconds = time.time() - begun
     watch.stage("write")
     begun = time.time()

@@ -13,7 +13,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -30,8 +31,8 @@ from curation.data import manifest, storage, tables, verdicts
 from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
 from curation.data.labels import LABELS, URL_COLUMNS
-from curation.data.row_tests import RowTest
-from curation.data.tallies import EXAMPLES, RemovedRows, Tally
+from curation.data.row_tests import NotCopied, NotListed, RowTest
+from curation.data.tallies import EXAMPLES, HaveOne, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.data.verdicts import Verdict, stored_part
 from curation.distributed import bucket_select
@@ -79,11 +80,13 @@ class StepCount(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The outcome over a pool: `decided` tests a row, `counts` is the waterfall, `uid_bounds` part the uids evenly."""
+    """The outcome over a pool: `decided` tests a row, `counts` is the waterfall, `uid_bounds` part the uids evenly,
+    `warnings` count the rows without what a step goes by."""
 
     decided: list[Decided]
     counts: list[StepCount]
     uid_bounds: np.ndarray
+    warnings: dict[str, int]
 
     @property
     def rows(self) -> int:
@@ -104,21 +107,27 @@ def select(
     """Decide all steps over the shards `numbers`, which hold `embedded` rows that were not dropped.
 
     `guards` come first; they do not move the steps' seeds. ValueError if no shard has a field that a step, or the
-    audit by the columns `audited`, needs.
+    audit by the columns `audited`, needs, or a field has no number where one is asked for, or no row has what a list or
+    an evaluation set finds samples by.
     """
     groups = in_groups(numbers)
     check_columns(output, groups, {**dict.fromkeys(audited, "audit.groups"), **_columns_of(steps)})
+    check_numbers(output, groups, _numbers_of(steps))
     bounds = _uid_bounds(output, numbers, embedded=embedded)
     later = _fold_duplicates(output, groups, bounds)
     rows = embedded - len(later)
     counts = [StepCount("duplicate_uid", embedded, rows, tuple(later[:EXAMPLES].tolist()))]
     decided: list[Decided] = []
+    warnings: Counter[str] = Counter()
     for place, step in enumerate([*guards, *steps], start=-len(guards)):
         of_step = _seed_of_step(seed, place)
+        if isinstance(step, NotListed | NotCopied):
+            warnings["guards:no_value"] += _unfound(step, output, groups, decided)
         if isinstance(step, Balance):
             test = within_quotas(step, of_step, partial(tally, output, groups, decided))
         elif isinstance(step, Select) and isinstance(step.selector(), BucketSelector):
             test = _compared(step, output, groups, decided, rows=rows, seed=of_step, place=place)
+            warnings["selection:no_vector"] += bucket_select.without_vector(test.folder)
         else:
             test = _test_of(step)
         now = Decided(test, of_step, sampling.KEEP_ALL)
@@ -128,7 +137,7 @@ def select(
         removed = tally(output, groups, decided, RemovedRows())
         rows_in, rows = rows, removed.rows if removed else 0
         counts.append(StepCount(step.name, rows_in, rows, tuple(removed.addresses.tolist()) if removed else ()))
-    return Selected(decided, counts, bounds)
+    return Selected(decided, counts, bounds, dict(sorted((+warnings).items())))
 
 
 def tally(output: str, groups: Sequence[list[int]], decided: Sequence[Decided], count: Tally[T]) -> T | None:
@@ -166,6 +175,36 @@ def _columns_of(steps: Sequence[Step]) -> dict[str, str]:
         if isinstance(step, Select):
             names |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
     return dict.fromkeys(names, "selection")
+
+
+def check_numbers(output: str, groups: Sequence[list[int]], columns: Iterable[str]) -> None:
+    """ValueError if one of the pool's own fields, of which numbers are asked, has values and in no shard a number."""
+    wanted = sorted({name for name in columns if name.startswith(JSON_PREFIX)})
+    if not wanted:
+        return
+    refusals = list(ordered(_refusals, ((output, group, wanted) for group in groups)))
+    for name in wanted:
+        told = [part[name] for part in refusals if name in part]
+        if told and all(told):
+            raise ValueError(told[0])
+
+
+def _numbers_of(steps: Sequence[Step]) -> list[str]:
+    """The columns of which filters, balances and selectors ask numbers."""
+    asked = [step.column for step in steps if isinstance(step, Threshold)]
+    asked += [step.balance for step in steps if isinstance(step, Balance) and step.edges]
+    return asked + [name for step in steps if isinstance(step, Select) for name in step.selector().needs]
+
+
+def _unfound(test: NotListed | NotCopied, output: str, groups: list[list[int]], decided: list[Decided]) -> int:
+    """How many of the rows that reach a test lack what it finds them by. ValueError if all do: it would do nothing."""
+    if test.found_by == {"uid"}:
+        return 0
+    told = tally(output, groups, decided, HaveOne(test.found_by))
+    found, unfound = (0, 0) if told is None else told.tolist()
+    if unfound and not found:
+        raise ValueError(test.blind(unfound))
+    return unfound
 
 
 def _test_of(step: Threshold | OneOf | Select | RowTest) -> RowTest | Select:
@@ -268,6 +307,23 @@ def _search(output: str, groups: list[list[int]], decided: list[Decided], *, kee
 
 def _column_names(output: str, numbers: list[int]) -> frozenset[str]:
     return frozenset().union(*(tables.column_names(output, number) for number in numbers))
+
+
+def _refusals(output: str, numbers: list[int], columns: list[str]) -> dict[str, str]:
+    """Column that has values -> why it cannot be taken for numbers, empty as soon as a shard has one."""
+    told: dict[str, str] = {}
+    for name in columns:
+        for number in numbers:
+            column = tables.read(output, number, [name])[name]
+            if column.null_count < len(column):
+                try:
+                    tables.as_numbers(column, name=name)
+                except ValueError as error:
+                    told[name] = str(error)
+                else:
+                    told[name] = ""
+                    break
+    return told
 
 
 def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -325,7 +325,7 @@ def commit_shard(spec: EmbedSpec, parts: Sequence[Record]) -> Record:
         fields = [json.loads(text) for text in table[FIELDS].to_pylist()]
         columns: dict[str, Any] = {name: _values(table, name) for name in table.column_names if name != FIELDS}
         tables.write(spec.output, number, tables.sample_table(columns, fields))
-        record = _record(parts, seconds=time.perf_counter() - begun)
+        record = _record(parts, fields, seconds=time.perf_counter() - begun)
         manifest.commit(spec.output, STAGE, number, record, made_by=spec.made_by)
     except OSError as error:
         return {"shard": number, "url": url, "pending": f"{type(error).__name__}: {error}"}
@@ -347,10 +347,10 @@ def _values(table: pa.Table, name: str) -> Any:
     return tables.as_array(ok[name], name=name)
 
 
-def _record(parts: Sequence[Record], *, seconds: float) -> Record:
+def _record(parts: Sequence[Record], fields: Sequence[dict[str, Any]], *, seconds: float) -> Record:
     """The piece's account: the sum of its parts', and what was known at the shard's end."""
     end = cast(Record, next(part["end"] for part in parts if part["end"] is not None))
-    dropped, warnings = Counter[str](), Counter[str](end["warnings"])
+    dropped, warnings = Counter[str](), Counter[str](end["warnings"] | tables.too_many_columns(fields))
     for part in parts:
         dropped.update(part["dropped"])
         warnings.update({name: n for name, n in part["warnings"].items() if name != "gpu:batch_halved"})

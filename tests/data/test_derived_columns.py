@@ -37,6 +37,13 @@ def test_sides_are_those_before_resizing_where_they_are_known():
     np.testing.assert_array_equal(numbers(sides, "aspect_ratio"), [3, 3, 2, NAN])
 
 
+def test_a_side_that_is_no_number_is_not_known():
+    sides = table(
+        width=[10, 10], height=[20, 20], json_original_width=["N/A", "600"], json_original_height=[[640], None]
+    )
+    np.testing.assert_array_equal(numbers(sides, "min_side"), [10, 20])
+
+
 def test_a_side_of_nothing_has_no_aspect():
     np.testing.assert_array_equal(numbers(table(width=[0], height=[5]), "aspect_ratio"), [NAN])
 
@@ -44,5 +51,6 @@ def test_a_side_of_nothing_has_no_aspect():
 def test_any_other_column_is_itself():
     assert sources_of("json.x") == ("json.x",)
     np.testing.assert_array_equal(numbers(pa.table({"json.x": [1, None]}), "json.x"), [1, NAN])
-    with pytest.raises(ValueError, match="column 'json.x' of type string holds no numbers"):
-        numbers(pa.table({"json.x": ["a"]}), "json.x")
+    np.testing.assert_array_equal(numbers(pa.table({"json.x": ["a", "1"]}), "json.x"), [NAN, 1])
+    with pytest.raises(ValueError, match="column 'language.label' of type string holds no numbers"):
+        numbers(pa.table({"language.label": ["en"]}), "language.label")

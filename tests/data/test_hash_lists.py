@@ -58,6 +58,13 @@ def test_a_url_is_named_by_itself_or_by_its_sha256(tmp_path: Path) -> None:
     assert contains(entries, entries_of([*urls, "https://c.example"], "url")).tolist() == [True, True, False]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_entry(tmp_path: Path) -> None:
+    urls = ["https://a.example/1", "https://a.example/2"]
+    (tmp_path / "urls.txt").write_text("\n".join(urls), encoding="utf-8-sig")
+    entries = built(tmp_path, tmp_path / "urls.txt", "url")
+    assert contains(entries, entries_of(urls, "url")).all()
+
+
 def test_a_list_of_a_million_is_16_bytes_an_entry_and_several_files_are_one_list(tmp_path: Path) -> None:
     words = np.random.default_rng(0).integers(0, 2**64, (1_000_000, 2), np.uint64)
     np.save(tmp_path / "l0.npy", words[:600_000].view("u8,u8")[:, 0])

@@ -100,6 +100,15 @@ def test_labels_are_text_and_numbers_need_edges() -> None:
         labels(table, "clip_score")
 
 
+def test_a_whole_number_is_one_group_whether_a_shard_stores_it_as_float_or_not() -> None:
+    floats = pa.table({"json.lab": [1.0, None, -2.0, NAN, 1e15]})
+    assert labels(floats, "json.lab").to_pylist() == ["1", None, "-2", None, str(10**15)]
+    assert labels(pa.table({"json.lab": [1, None, -2]}), "json.lab").to_pylist() == ["1", None, "-2"]
+    for odd in (0.5, float("inf")):
+        with pytest.raises(ValueError, match="column 'json.lab' holds numbers: a label needs edges"):
+            labels(pa.table({"json.lab": [1.0, odd]}), "json.lab")
+
+
 def test_a_range_begins_at_its_edge() -> None:
     assert ranges(np.array([0.0, 1.0, 1.5, 2.0, NAN]), [1.0, 2.0]).to_pylist() == [
         "< 1",

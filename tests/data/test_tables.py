@@ -233,6 +233,22 @@ class TestRead:
             tables.read(output, 3)
 
 
+class TestManyNames:
+    def test_a_table_has_so_many_json_columns_and_the_rows_that_lose_others_are_counted(self, monkeypatch):
+        fields = [{"a": 1, "b": 2}, {}, {"c": 3, "a": 4, "d": 5}, {"e": None, "c": 6}]
+        assert tables.too_many_columns(fields) == {}
+        whole = table_of(fields)
+        monkeypatch.setattr(tables, "MAX_JSON_COLUMNS", 3)
+        assert tables.too_many_columns(fields) == {"json:too_many_columns": 2}
+        assert table_of(fields).equals(whole.select(whole.column_names[:-2]))
+        assert whole.column_names[-5:] == ["json.a", "json.b", "json.c", "json.d", "json.e"]
+        assert whole["json.c"].to_pylist() == [None, None, 3, 6] and pa.types.is_null(whole["json.e"].type)
+
+    def test_names_of_each_rows_own_do_not_make_a_column_each(self):
+        table = table_of([{f"{row}-{name}": row for name in range(64)} for row in range(100)])
+        assert sum(name.startswith("json.") for name in table.column_names) == tables.MAX_JSON_COLUMNS
+
+
 class TestAsNumbersAndText:
     @pytest.mark.parametrize(
         ("values", "numbers"),
@@ -252,7 +268,41 @@ class TestAsNumbersAndText:
         assert found.dtype == np.float64
         assert np.array_equal(found, np.array(numbers, np.float64), equal_nan=True)
 
-    @pytest.mark.parametrize("values", [["0.5", "n/a"], [[1]], [""]])
+    def test_a_value_that_is_no_number_costs_no_other(self):
+        texts = [
+            "640",
+            "N/A",
+            None,
+            "",
+            " 5",
+            "1_0",
+            "0x1",
+            "1e3",
+            "-.5",
+            "+5.",
+            "iNf",
+            "9" * 400,
+            "true",
+            "[640]",
+            "1.",
+        ]
+        column = pa.chunked_array([pa.array(texts)])
+        nan, inf = math.nan, math.inf
+        expected = [640, nan, nan, nan, nan, nan, nan, 1000, -0.5, 5, inf, inf, nan, nan, 1]
+        for found in (tables.as_numbers(column, name="x"), tables.numbers_in(column)):
+            assert np.array_equal(found, np.array(expected, np.float64), equal_nan=True)
+        assert np.isnan(tables.numbers_in(pa.chunked_array([json_column([[640], None])]))).all()
+
+    @given(st.text("0123456789+-.eEinfINFatyTY \n", max_size=6))
+    def test_what_is_a_number_is_what_arrow_casts(self, text):
+        column = pa.chunked_array([pa.array([text])])
+        try:
+            expected = column.cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:
+            expected = np.array([math.nan])
+        assert np.array_equal(tables.numbers_in(column), expected, equal_nan=True)
+
+    @pytest.mark.parametrize("values", [["n/a"], ["a", None], [[1]], [""]])
     def test_a_column_that_holds_no_numbers_is_named(self, values):
         with pytest.raises(ValueError, match="column 'json.x' of type .* holds no numbers"):
             tables.as_array(pa.chunked_array([json_column(values)]), name="json.x")

@@ -180,6 +180,13 @@ def test_the_audit_is_that_of_a_plain_loop(pool: str) -> None:
     ]
 
 
+def test_an_audit_by_ranges_of_text_is_an_error(pool: str) -> None:
+    selected, _ = run(pool, [])
+    recipe = CurateRecipe(output=pool, audit=Audit(groups=(Group(column="json.url", edges=(1.0,)),)))
+    with pytest.raises(ValueError, match="column 'json.url' of type string holds no numbers"):
+        write_waterfall_and_audit(recipe, list(range(len(SIZES))), selected)
+
+
 def test_of_many_groups_the_largest_are_told_and_the_others_summed() -> None:
     counts: dict[str | None, np.ndarray] = {f"g{n}": np.array([n, n // 2]) for n in range(1, 6)}
     rows = audit_rows("x", counts, ["step"], Audit(max_groups=2))

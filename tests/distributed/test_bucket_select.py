@@ -56,7 +56,12 @@ def make_pool(tmp_path: Path) -> MakePool:
                 "text_embedding": vectors[rows],
                 "clip_score": scores[rows],
             }
-            tables.write(str(folder), number, tables.sample_table(columns, [{}] * n))
+            odd = {0: int, 2: float, 4: str}.get(number)  # one field, of another type in each shard, and in one absent
+            fields = [{"odd": odd(row)} if odd else {} for row in rows]
+            tables.write(str(folder), number, tables.sample_table(columns, fields))
+            has_hash = rows % 100 != 7
+            hashes = tables.spread(vectors[rows[has_hash]], has_hash)
+            tables.write_piece(str(folder), "phash", number, {"phash": hashes})
         return str(folder)
 
     return make
@@ -107,6 +112,23 @@ def test_a_small_pool_is_decided_as_the_selector_decides_it_in_memory(make_pool,
     expected = in_memory(pool, method, keep, rng_of(0))
     assert keys(kept) == expected
     assert selected.rows == kept.num_rows == len(expected) < 600
+
+
+def test_a_field_whose_type_differs_between_shards_is_compared(make_pool) -> None:
+    kept = run(make_pool(), [Select(method={"name": "exact_duplicates", "prefer": "json.odd"})])[1]
+    assert kept.num_rows == 600 - 12
+    assert {row + 1 for row in range(0, 600, 50)} <= keys(kept)  # of two copies the one with the higher number
+
+
+@pytest.mark.parametrize("exact_rows", [20_000, 150])
+def test_rows_without_the_vector_that_is_compared_are_left_out_and_counted(make_pool, exact_rows) -> None:
+    pool = make_pool()
+    fields = {"name": "semantic_dedup", "min_cosine": 1.0, "exact_rows": exact_rows, "bucket_rows": 80}
+    for _ in range(2):  # the second time the verdict is there
+        selected, kept = run(pool, [Select(method={**fields, "column": "phash"})])
+        assert selected.warnings == {"selection:no_vector": 6}
+        assert keys(kept).isdisjoint(range(7, 600, 100))
+    assert run(pool, [Select(method=fields)])[0].warnings == {}
 
 
 def test_exact_duplicates_leave_one_of_each_also_when_cut_into_buckets(make_pool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +140,38 @@ def test_a_shard_that_cannot_be_read_is_pending_and_its_neighbours_are_made(
     [told] = actor(row)["record"]
     assert '"pending": "FileNotFoundError' in told
     assert manifest.committed(str(run), "columns.later") == {}
+
+
+def test_a_shard_that_left_the_pool_is_absent_and_no_failure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = QualityRecipe(run=str(run), column="left", compute=CPU)
+    pool, away = run.parent / "pool", run.parent / "away"
+    shards = [pool / f"{number:05d}.tar" for number in range(2)]
+    pool.rename(away)
+    try:
+        with pytest.raises(ValueError, match="of the 2 shards of .* none is there any more, such as .*00000.tar"):
+            add_columns(recipe)
+        assert add_columns(embeddings_recipe(run, column="head", features="net")).absent == []  # reads no tar
+    finally:
+        away.rename(pool)
+    shards[1].rename(run.parent / "left.tar")
+    try:
+        assert fit.main(["quality", "cpu", "--run", str(run), "--column", "left", "--compute.actors", "1"]) == 0
+        assert f"1 shards have left the pool and got no value, such as {shards[1]}" in capsys.readouterr().out
+        again = add_columns(recipe)
+        assert (again.made_now, again.absent, again.failures, again.stopped) == (0, [str(shards[1])], [], None)
+    finally:
+        (run.parent / "left.tar").rename(shards[1])
+    assert (add_columns(recipe).made_now, add_columns(recipe).absent) == (1, [])
+
+
+def test_a_run_whose_pool_has_no_images_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    told = json.loads((run / "recipe.json").read_text())
+    told["recipe"]["embed"]["cached"] = "clip-retrieval"
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="its pool has no images to make columns of"):
+        checked(features_recipe(tmp_path / "run"))
+    assert checked(embeddings_recipe(tmp_path / "run", features="net"))
 
 
 def test_an_image_that_no_longer_decodes_has_no_value_and_is_counted(run: Path) -> None:

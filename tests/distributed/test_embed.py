@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from curation.data import storage
+from curation.data import storage, tables
 from curation.data.read_rules import ReadRules
 from curation.data.shards import ShardReader
 from curation.distributed.embed import ShardEmbed, best_captions
@@ -150,6 +150,16 @@ class OutOfMemoryAbove:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.shapes.add(len(pixels))
         return self._towers.embed_images(pixels)
+
+
+def test_rows_whose_json_has_more_names_than_a_table_has_columns_are_counted(
+    embed: Callable[..., ShardEmbed], write_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_JSON_COLUMNS", 2)
+    shard = write_shard(tmp_path / "a.tar", count=3, fields=lambda row: {f"own-{row}": row})
+    assert call(embed(), str(shard))["warnings"] == {"json:too_many_columns": 1}
+    schema = pq.read_schema(tmp_path / "out" / "samples" / "00000000.parquet")
+    assert [name for name in schema.names if name.startswith("json.")] == ["json.own-0", "json.own-1"]
 
 
 def test_out_of_gpu_memory_halves_the_batch_keeps_every_row_and_is_noted(

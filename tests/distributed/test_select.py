@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from curation import addresses
-from curation.data import tables
-from curation.data.row_tests import Nulls
+from curation.data import hash_lists, tables
+from curation.data.row_tests import NotCopied, NotListed, Nulls, RowTest
 from curation.distributed import select as selection
 from curation.numerics.sampling import exact_top, tie_hash, uid_words
 from curation.recipe import OneOf, Select, Step, Threshold
@@ -46,7 +46,12 @@ def pool(tmp_path: Path) -> str:
             "text_embedding": np.zeros((int((~dropped).sum()), 4), np.float16),
             "clip_score": [None if d else float(s) for d, s in zip(dropped, scores, strict=True)],
         }
-        fields = [{"aesthetic": None if row % 5 == 0 else row / 2, "title": "text"} for row in range(n)]
+        odd = [row if number and row % 4 else "N/A" for row in range(n)]
+        fields = [
+            {"aesthetic": None if row % 5 == 0 else row / 2, "title": "text", "odd": odd[row]}
+            | ({} if row % 3 else {"url": f"http://a/{row}"})
+            for row in range(n)
+        ]
         tables.write(str(tmp_path), number, tables.sample_table(columns, fields))
     return str(tmp_path)
 
@@ -127,9 +132,36 @@ def test_a_filter_on_a_field_that_no_shard_has_is_an_error(pool: str, nulls: Nul
             run(pool, [step])
 
 
+def test_a_value_that_is_no_number_is_no_value_also_where_a_shard_holds_no_other(pool: str) -> None:
+    rows = candidates(pool)
+    numbers = {row["address"]: float(row["json.odd"]) for row in rows if row["json.odd"] != "N/A"}
+    _, kept = run(pool, [Threshold(column="json.odd", at_least=6)])
+    assert kept["address"].to_pylist() == [address for address, number in numbers.items() if number >= 6]
+    best = Select(method={"name": "clip_score", "column": "json.odd"}, keep_fraction=1.0, ties="datacomp")
+    assert run(pool, [best])[1]["address"].to_pylist() == list(numbers)
+
+
 def test_a_threshold_on_text_is_an_error_that_names_the_column(pool: str) -> None:
     with pytest.raises(ValueError, match=r"column 'json.title' of type string holds no numbers"):
         run(pool, [Threshold(column="json.title", at_least=0)])
+
+
+def test_a_list_that_can_find_nobody_is_an_error_and_rows_that_it_cannot_find_are_counted(pool: str) -> None:
+    (Path(pool) / "list.txt").write_text("http://a/0\n" + "0" * 64)
+    numbers, rows = list(range(len(SIZES))), candidates(pool)
+
+    def guarded(guard: RowTest) -> selection.Selected:
+        return selection.select(pool, numbers, embedded=len(rows), steps=[], seed=0, guards=[guard])
+
+    files = hash_lists.listed(f"{pool}/list.txt")
+    selected = guarded(NotListed("opt-out", hash_lists.build(pool, files, "url"), "url"))
+    urls = [row["json.url"] for row in rows]
+    assert selected.warnings == {"guards:no_value": urls.count(None)}
+    assert selected.rows == len(rows) - urls.count("http://a/0")
+    with pytest.raises(ValueError, match=f"opt-out: .* by sha256, and none of the {len(rows)} samples has one"):
+        guarded(NotListed("opt-out", "unread", "sha256"))
+    with pytest.raises(ValueError, match=r"copy in x: .* none of the \d+ samples has one: set decontaminate.exact"):
+        guarded(NotCopied("copy in x", "unread.exact"))
 
 
 def test_uniform_is_repeatable_changes_with_the_seed_and_does_not_follow_the_score(pool: str) -> None:
