@@ -138,10 +138,11 @@ def numbers_in(column: pa.ChunkedArray) -> np.ndarray:
 
 def _parsed(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column as doubles, null where a value is no number. One odd value of a pool's own must not cost the others."""
-    if pa.types.is_string(column.type):
+    of = pa.types
+    if of.is_string(column.type):
         is_number = pc.call_function("match_substring_regex", [column], pc.MatchSubstringOptions(NUMBER))
         column = pc.call_function("if_else", [is_number, column, pa.scalar(None, pa.string())])
-    elif not pa.types.is_primitive(column.type) and not pa.types.is_null(column.type):
+    elif not any(is_kind(column.type) for is_kind in (of.is_integer, of.is_floating, of.is_boolean, of.is_null)):
         return pa.chunked_array([pa.nulls(len(column), pa.float64())])
     # Not `safe`, which refuses integers above 2**53 because they are rounded, as they must be to be compared.
     return column.cast(pa.float64(), safe=False)
