@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
             running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in running:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=400)
         assert process.returncode == 0, said
     return {size: [torch.load(folders[size] / f"{rank}.pt") for rank in range(size)] for size in WORLD_SIZES}
 
