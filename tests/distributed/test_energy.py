@@ -93,4 +93,4 @@ def test_a_staged_shards_joules_are_its_parts(joules: list[float | None]) -> Non
     part = {"shard": 0, "url": "a.tar", "read": 1, "embedded": 1, "dropped": {}, "decoded": 1, "warnings": {}}
     part |= {"batch_size": 1, "logit_scale": 1.0, "logit_bias": 0.0, "seconds": {"write": 0.0}}
     part |= {"end": {"fingerprint": "", "sha256": "", "bytes": 1, "warnings": {}}}
-    assert _record([{**part, "joules": each} for each in joules], seconds=0.0)["joules"] == total(joules)
+    assert _record([{**part, "joules": each} for each in joules], [], seconds=0.0)["joules"] == total(joules)
