@@ -242,9 +242,10 @@ def list_shards(patterns: str) -> list[ListedShard]:
             found.update(matched)
     if not any(found.values()):
         raise ValueError(f"pool.shards: no shard matches {patterns!r}")
-    for url in sorted(found):
+    urls = sorted(found)
+    for url in urls:
         _check_utf8(url)
-    return [ListedShard(url, found[url]) for url in sorted(found)]
+    return [ListedShard(url, found[url]) for url in urls]
 
 
 def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
