@@ -86,12 +86,16 @@ class Roster:
         self._deaths: defaultdict[str, Deaths] = defaultdict(Deaths)
         self._held: defaultdict[tuple[str, str, int], dict[Worker, float]] = defaultdict(dict)
         self._workers: set[Worker] = set()
+        self._looking = threading.Lock()
 
     def begin(self, worker: Worker, what: str, shard: int) -> Verdict:
         """A worker takes a shard; `what` it does with it. What deaths say of that shard."""
         with self._lock:
             self._workers.add(worker)
             others = [other for other in self._held[worker.run, what, shard] if other != worker]
+        if others:  # one that a look has killed is blamed for what wedged it alone, which that look has yet to note
+            with self._looking:
+                pass
         for other in others:
             seen = _answer(_ask(other, wedged_after_s=None), timeout_s=ASK_TIMEOUT_S)
             if seen is None or not seen.alive:
@@ -114,24 +118,14 @@ class Roster:
 
     def look(self, run: str, *, wedged_after_s: float) -> list[Held]:
         """Each worker of the run that holds a shard; a step beyond `wedged_after_s` costs its worker its life."""
-        now = time.monotonic()
-        with self._lock:
-            held: defaultdict[Worker, dict[int, float]] = defaultdict(dict)
-            for (of_run, _, shard), workers in self._held.items():
-                for worker, since in workers.items() if of_run == run else ():
-                    held[worker][shard] = now - since
-        asked = {worker: _ask(worker, wedged_after_s=wedged_after_s) for worker in held}
-        until = time.monotonic() + ASK_TIMEOUT_S
-        seen = [
-            Held(worker, held[worker], _answer(answer, timeout_s=max(0.0, until - time.monotonic())))
-            for worker, answer in asked.items()
-        ]
-        with self._lock:
-            for worker, _, what in seen:
-                if what is not None and what.killed:
-                    # A store that hangs and a model that is slow must not cost a shard.
-                    stuck = [do for do in what.doing if do.step is Step.DECODE and do.seconds > wedged_after_s]
-                    self._deaths[run].note(worker.name, stuck, held=())
+        with self._looking:
+            seen = self._look(run, wedged_after_s)
+            with self._lock:
+                for worker, _, what in seen:
+                    if what is not None and what.killed:
+                        # A store that hangs and a model that is slow must not cost a shard.
+                        stuck = [do for do in what.doing if do.step is Step.DECODE and do.seconds > wedged_after_s]
+                        self._deaths[run].note(worker.name, stuck, held=())
         return seen
 
     def forget(self, run: str) -> None:
@@ -145,6 +139,20 @@ class Roster:
         removed = [_task(_remove, worker).remote(worker.notes) for worker in gone]
         if removed:
             ray.wait(removed, num_returns=len(removed), timeout=5)
+
+    def _look(self, run: str, wedged_after_s: float) -> list[Held]:
+        now = time.monotonic()
+        with self._lock:
+            held: defaultdict[Worker, dict[int, float]] = defaultdict(dict)
+            for (of_run, _, shard), workers in self._held.items():
+                for worker, since in workers.items() if of_run == run else ():
+                    held[worker][shard] = now - since
+        asked = {worker: _ask(worker, wedged_after_s=wedged_after_s) for worker in held}
+        until = time.monotonic() + ASK_TIMEOUT_S
+        return [
+            Held(worker, held[worker], _answer(answer, timeout_s=max(0.0, until - time.monotonic())))
+            for worker, answer in asked.items()
+        ]
 
     def _gone(self, worker: Worker, seen: Seen | None) -> None:
         with self._lock:

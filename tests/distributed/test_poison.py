@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,17 @@ KILLS, STOPS_ONCE = "picture 0 5", "picture 1 3"
 """Captions as write_shard makes them: of shard 0 and 1."""
 
 
-def act(sample: Sample, flag: str) -> None:
+def act(sample: Sample, flag: str, turn: threading.Lock) -> None:
+    """`turn`: a process that is about to stop is not killed by its other shard before it has stopped."""
     if sample.image is None:  # nothing is left to decode
         return
-    if sample.caption == KILLS:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if sample.caption == STOPS_ONCE and not os.path.exists(flag):
-        Path(flag).touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
+    with turn:
+        if sample.caption == KILLS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sample.caption == STOPS_ONCE and not os.path.exists(flag):
+            Path(flag).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # the other threads may stop a moment later than this one
 
 
 class Hostile(ShardEmbed):
@@ -48,10 +53,10 @@ class Hostile(ShardEmbed):
 
     def __init__(self, spec: EmbedSpec):
         super().__init__(spec)
-        decode, flag = self._decode, f"{spec.output}.flag"
+        decode, flag, turn = self._decode, f"{spec.output}.flag", threading.Lock()
 
         def hostile_decode(sample: Sample) -> Decoded:
-            act(sample, flag)
+            act(sample, flag, turn)
             return decode(sample)
 
         self._decode: Any = hostile_decode
@@ -60,13 +65,13 @@ class Hostile(ShardEmbed):
 def hostile_decode_shard(batch: dict[str, np.ndarray], *, spec: EmbedSpec) -> Iterator[pa.Table]:
     from curation.distributed.staged import decode_shard  # the worker's own: here it is replaced by this one
 
-    decoder = staged._decoder
+    decoder, turn = staged._decoder, threading.Lock()
 
     def hostile(*about: Any) -> Any:
         decode, size = decoder(*about)
 
         def kill(sample: Sample) -> Decoded:
-            act(sample, f"{spec.output}.flag")
+            act(sample, f"{spec.output}.flag", turn)
             return decode(sample)
 
         return kill, size
@@ -133,7 +138,7 @@ def test_what_kills_three_workers_is_set_aside_what_stops_one_is_replaced_and_al
     assert again.decoded_now == 0 and again.dropped == summary.dropped
 
     told = [line for line in heard.lines if f"decoding the sample at offset {second[3]['offset']} for" in line]
-    assert any("was killed, another takes the shard" in line for line in told), heard.lines
+    assert any("was killed, another takes the shard" in line for line in told), "\n".join(heard.lines)
 
 
 def test_a_decode_task_that_dies_three_times_at_a_sample_sets_it_aside_too(
