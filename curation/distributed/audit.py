@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from curation.columns import FORMAT_VERSION
 from curation.data import storage
 from curation.data.tallies import GroupCounts, Label
-from curation.distributed.select import Selected, StepCount, check_numbers, tally
+from curation.distributed.column_checks import check_numbers
+from curation.distributed.select import Selected, StepCount, tally
 from curation.distributed.tasks import in_groups
 from curation.recipe import Audit, CurateRecipe, Select
 

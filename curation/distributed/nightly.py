@@ -23,10 +23,10 @@ from curation.data.json_columns import as_text
 from curation.data.lease import Lease
 from curation.data.pieces import Pieces, Record
 from curation.distributed.account import Summary
+from curation.distributed.column_checks import check_columns
 from curation.distributed.embed import STAGE as EMBED_STAGE
 from curation.distributed.pipeline import Plan, Watch, curate
 from curation.distributed.resources import cluster, cpus_wanted
-from curation.distributed.select import check_columns
 from curation.distributed.stopping import Stop
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics.quantiles import count_bits, quantiles_from_counts

@@ -10,11 +10,10 @@ sort on disk: the lowest address stays.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -26,17 +25,17 @@ import pyarrow.compute as pc
 import torch
 
 from curation import addresses
-from curation.columns import JSON_PREFIX, SAMPLE_COLUMNS
+from curation.columns import JSON_PREFIX
 from curation.data import manifest, storage, tables, verdicts
-from curation.data.derived_columns import DERIVED
 from curation.data.json_columns import as_text
-from curation.data.labels import LABELS, URL_COLUMNS
+from curation.data.labels import URL_COLUMNS
 from curation.data.row_tests import NotCopied, NotListed, RowTest
 from curation.data.tallies import EXAMPLES, HaveOne, RemovedRows, Tally
 from curation.data.uid_sort import UidSort, later_copies, splitters
 from curation.data.verdicts import Verdict, stored_part
 from curation.distributed import bucket_select
 from curation.distributed.balance import within_quotas
+from curation.distributed.column_checks import check_columns, check_numbers, columns_of, numbers_of
 from curation.distributed.tasks import in_groups, ordered
 from curation.numerics import sampling
 from curation.numerics.sampling import Cut, CutSearch, Pass, PassCount
@@ -111,8 +110,8 @@ def select(
     an evaluation set finds samples by.
     """
     groups = in_groups(numbers)
-    check_columns(output, groups, {**dict.fromkeys(audited, "audit.groups"), **_columns_of(steps)})
-    check_numbers(output, groups, _numbers_of(steps))
+    check_columns(output, groups, {**dict.fromkeys(audited, "audit.groups"), **columns_of(steps)})
+    check_numbers(output, groups, numbers_of(steps))
     bounds = _uid_bounds(output, numbers, embedded=embedded)
     later = _fold_duplicates(output, groups, bounds)
     rows = embedded - len(later)
@@ -149,51 +148,6 @@ def tally(output: str, groups: Sequence[list[int]], decided: Sequence[Decided], 
 def kept_rows(output: str, numbers: Sequence[int], decided: Sequence[Decided]) -> Iterator[pa.Table]:
     """The kept rows in order of address, a group of shards at a time: KEPT_COLUMNS, score, license, url."""
     return ordered(_kept, ((output, group, list(decided)) for group in in_groups(numbers)))
-
-
-def check_columns(output: str, groups: Sequence[list[int]], wanted: Mapping[str, str]) -> None:
-    """ValueError if no shard has a column, as with a mistyped name. `wanted`: column -> the recipe's field for it.
-
-    A filter that keeps nulls, or a group of the audit, would do nothing for ever, and nobody would be told.
-    """
-    missing = wanted.keys() - SAMPLE_COLUMNS.keys() - DERIVED.keys() - LABELS.keys()
-    if not missing or not groups:
-        return
-    known = frozenset().union(*ordered(_column_names, ((output, group) for group in groups)))
-    for name in sorted(missing - known):
-        own = sorted(column for column in known if column.startswith(JSON_PREFIX))
-        nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"{wanted[name]}: no shard has a column {name!r}{hint} The pool's own fields are {own}")
-
-
-def _columns_of(steps: Sequence[Step]) -> dict[str, str]:
-    """The columns that filters, balances and selectors name, as `check_columns` takes them."""
-    names = {step.column for step in steps if isinstance(step, (Threshold, OneOf))}
-    names |= {step.balance for step in steps if isinstance(step, Balance)}
-    for step in steps:
-        if isinstance(step, Select):
-            names |= {name for name in step.selector().needs if name.startswith(JSON_PREFIX)}
-    return dict.fromkeys(names, "selection")
-
-
-def check_numbers(output: str, groups: Sequence[list[int]], columns: Iterable[str]) -> None:
-    """ValueError if one of the pool's own fields, of which numbers are asked, has values and in no shard a number."""
-    wanted = sorted({name for name in columns if name.startswith(JSON_PREFIX)})
-    if not wanted:
-        return
-    refusals = list(ordered(_refusals, ((output, group, wanted) for group in groups)))
-    for name in wanted:
-        told = [part[name] for part in refusals if name in part]
-        if told and all(told):
-            raise ValueError(told[0])
-
-
-def _numbers_of(steps: Sequence[Step]) -> list[str]:
-    """The columns of which filters, balances and selectors ask numbers."""
-    asked = [step.column for step in steps if isinstance(step, Threshold)]
-    asked += [step.balance for step in steps if isinstance(step, Balance) and step.edges]
-    return asked + [name for step in steps if isinstance(step, Select) for name in step.selector().needs]
 
 
 def _unfound(test: NotListed | NotCopied, output: str, groups: list[list[int]], decided: list[Decided]) -> int:
@@ -303,27 +257,6 @@ def _search(output: str, groups: list[list[int]], decided: list[Decided], *, kee
 
 
 # What runs in a task: plain functions of one group of shards.
-
-
-def _column_names(output: str, numbers: list[int]) -> frozenset[str]:
-    return frozenset().union(*(tables.column_names(output, number) for number in numbers))
-
-
-def _refusals(output: str, numbers: list[int], columns: list[str]) -> dict[str, str]:
-    """Column that has values -> why it cannot be taken for numbers, empty as soon as a shard has one."""
-    told: dict[str, str] = {}
-    for name in columns:
-        for number in numbers:
-            column = tables.read(output, number, [name])[name]
-            if column.null_count < len(column):
-                try:
-                    tables.as_numbers(column, name=name)
-                except ValueError as error:
-                    told[name] = str(error)
-                else:
-                    told[name] = ""
-                    break
-    return told
 
 
 def _uids(output: str, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
