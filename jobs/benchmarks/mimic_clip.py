@@ -41,12 +41,10 @@ from curation.training.contrastive_learner import ContrastiveLearner, Reference
 from curation.training.mimic import layer_of
 from curation.training.online_step import OnlineSettings, OnlineTrainer
 from curation.training.scoring import embed_rows
-from jobs.benchmarks import mimic_towers
-from jobs.benchmarks.dynamic_tables import paired
+from jobs.benchmarks import mimic_clip_tables, mimic_towers
 from jobs.benchmarks.mimic_runs import auc
 from jobs.benchmarks.pairs import provenance
 from jobs.benchmarks.parts import once
-from jobs.benchmarks.race import interval, show
 from jobs.demo_pool import make_pool
 from jobs.demo_reference import LEARNING_RATE, MODEL, WARMUP, load_pairs
 
@@ -112,8 +110,8 @@ def benchmark(*, seeds: int, tiny: bool, folder: Path, hours: float = 24.0) -> d
         ]
     finally:
         torch.set_num_threads(threads)
-    figures = {**_summary(done), "auc_of_two_towers": mimic_towers.summary(towers)}
-    _print(figures)
+    figures = {**mimic_clip_tables.summary(done), "auc_of_two_towers": mimic_towers.summary(towers)}
+    mimic_clip_tables.show_all(figures)
     settings = {**scale._asdict(), "temperatures": tuned, "layer": LAYER, "seeds": len(done)}
     return {**provenance(), "benchmark": "mimic_clip", "tiny": tiny, "settings": settings, **figures}
 
@@ -349,68 +347,3 @@ def _auc_of(network: ClipNetwork, reference: ClipNetwork, pool: Pool, scale: Sca
         for some in places.split(scale.batch)
     ]
     return auc(torch.cat([rows["mimic_score"] for rows in scores]).numpy(), pool.matches[places.numpy()])
-
-
-def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means with intervals over seeds; differences are paired."""
-    names = list(done[0]["runs"])
-    ends = {
-        name: {field: [seed["runs"][name][field] for seed in done] for field in done[0]["runs"][name]} for name in names
-    }
-    filters = {
-        name: {
-            field: [seed["filters"][name][field] for seed in done] for field in ("held_out_loss", "mean_r1", "samples")
-        }
-        for name in done[0]["filters"]
-    }
-    alone = filters["clip score"]
-    return {
-        "runs": {
-            name: {
-                **{field: interval(of[field]) for field in ("held_out_loss", "mean_r1", "seconds")},
-                "loss_minus_plain": paired(of["held_out_loss"], ends["plain"]["held_out_loss"]),
-                "share_of_plain_steps": _reached(of["share_of_steps"]),
-                "share_of_plain_seconds": _reached(of["share_of_seconds"]),
-            }
-            for name, of in ends.items()
-        },
-        "filters": {
-            name: {
-                **{field: interval(of[field]) for field in of},
-                "r1_minus_clip_score": paired(of["mean_r1"], alone["mean_r1"]),
-                "loss_minus_clip_score": paired(of["held_out_loss"], alone["held_out_loss"]),
-            }
-            for name, of in filters.items()
-        },
-        "auc": {name: interval([seed["auc"][name] for seed in done]) for name in done[0]["auc"]},
-        "auc_of_one_scoring": {
-            when: {name: interval([seed["auc_of_one_scoring"][when][name] for seed in done]) for name in of}
-            for when, of in done[0]["auc_of_one_scoring"].items()
-        },
-        "by_seed": done,
-    }
-
-
-def _reached(shares: list[float | None]) -> dict[str, Any]:
-    """Over the seeds that reached the goal, and how many did."""
-    known = [share for share in shares if share is not None]
-    return {"seeds": len(known), "of": len(shares), **(interval(known) if known else {})}
-
-
-def _print(figures: dict[str, Any]) -> None:
-    print("\nheld-out loss, mean R@1, share of plain training's steps and CPU seconds to its last loss")
-    for name, found in figures["runs"].items():
-        reached = (found["share_of_plain_steps"], found["share_of_plain_seconds"])
-        told = "   ".join(
-            f"{show(of)} ({of['seeds']} of {of['of']})" if of["seeds"] else "not reached" for of in reached
-        )
-        print(f"  {name:<20}{show(found['held_out_loss'])}   {show(found['mean_r1'])}   {told}")
-    for name, found in figures["filters"].items():
-        fewer = f"R@1 minus clip score's {show(found['r1_minus_clip_score'])}"
-        print(f"  {name:<24}{show(found['samples'])} samples   R@1 {show(found['mean_r1'])}   {fewer}")
-    for began, found in figures["auc_of_two_towers"].items():
-        told = ", ".join(f"after {steps} steps {show(of)}" for steps, of in found.items())
-        print(f"AUC of two towers, reference's start {began}: {told}")
-    print("AUC, mean scores: " + ", ".join(f"{name} {show(of)}" for name, of in figures["auc"].items()))
-    for when, of in figures["auc_of_one_scoring"].items():
-        print(f"AUC, {when}: " + ", ".join(f"{name} {show(found)}" for name, found in of.items()))
