@@ -3,8 +3,8 @@
 DIR/current.json names the night that is in use; DIR/nights/NAME is its result. A night whose figures moved beyond
 `--drift.*` is written, and held back.
 
-    python -m jobs.nightly --rollback DIR          the night before is in use again
-    python -m jobs.nightly --promote NIGHT DIR     a night that was held back is in use after all
+    python -m jobs.nightly --rollback DIR          the night before is in use again, until another kept set comes
+    python -m jobs.nightly --promote NIGHT DIR     a night that was held back, or rolled back, is in use after all
 
 Exit codes as in `jobs.curate`, and 5: the night was held back.
 """
@@ -22,7 +22,7 @@ from curation.distributed.stopping import Stop
 from curation.recipe import CurateRecipe
 from curation.recipe.nightly import NightlyRecipe
 from jobs import log
-from jobs.command import EXIT_OK, EXIT_USAGE, Command, exit_code
+from jobs.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, Command, exit_code
 from jobs.curate import Progress, print_plan, print_summary
 from jobs.recipes import NIGHTLY
 
@@ -32,7 +32,7 @@ EXIT_HELD_BACK = 5
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ("--rollback", "--promote"):
+    if any(argument.partition("=")[0] in ("--rollback", "--promote") for argument in arguments):
         return _point(arguments)
     return Command("nightly", __doc__).run(
         arguments, recipes=NIGHTLY, recipe_type=NightlyRecipe, job=_nightly, dry_run=_dry_run
@@ -41,19 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _point(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m jobs.nightly", description=__doc__)
-    parser.add_argument("--rollback", action="store_true")
-    parser.add_argument("--promote", metavar="NIGHT")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rollback", action="store_true")
+    what.add_argument("--promote", metavar="NIGHT")
     parser.add_argument("output", metavar="DIR")
     given = parser.parse_args(arguments)
     output = storage.absolute(given.output)
     try:
-        if given.promote:
-            nights.promote(output, given.promote)
-        else:
+        if given.rollback:
             nights.roll_back(output)
-    except ValueError as error:
+        else:
+            nights.promote(output, given.promote)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
     print(f"{output}: current is {nights.current(output)}")
     return EXIT_OK
 
@@ -73,6 +74,13 @@ def _nightly(recipe: NightlyRecipe, stop: Stop) -> int:
     print_summary(_run_of(recipe), night.summary)
     if code := exit_code(night.summary.failures, night.summary.stopped):
         return code
+    if night.rolled_back:
+        log.say(
+            f"nothing promoted: {night.rolled_back}, with the same kept set, was rolled back; {night.against} stays. "
+            f"python -m jobs.nightly --promote {night.rolled_back} {recipe.curate.output} promotes it after all",
+            night=night.against,
+        )
+        return EXIT_OK
     if night.name is None:
         log.say(f"nothing changed: {night.against} stays", night=night.against)
         return EXIT_OK

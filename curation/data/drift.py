@@ -34,9 +34,9 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found: list[Change] = []
     for group in GROUPS:
         before, after = then["groups"]["pool" if group == "new" else group], now["groups"][group]
-        if not after["rows"] or not before["rows"]:
-            continue
         found += _drops(group, before, after)
+        if not after["rows"] or not before["rows"]:  # all may be dropped: that is told by the reasons
+            continue
         found += _quantiles(group, before, after)
         for column in sorted(before["shares"].keys() & after["shares"].keys()):
             distance = total_variation(before["shares"][column], after["shares"][column])

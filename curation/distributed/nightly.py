@@ -1,7 +1,8 @@
 """A night: curate what is new, say what changed against the promoted night, and promote the result if it did not drift.
 
-A night that changes nothing of the kept set leaves no folder. A night that was killed is done again under a new name;
-what it left behind has no night.json and is never pointed at.
+A night that changes nothing of the kept set leaves no folder, nor one that comes to what an earlier night came to that
+waits to be promoted. A kept set that was rolled back is not promoted again by itself. A night that was killed is done
+again under a new name; what it left behind has no night.json and is never pointed at.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MAX_VALUES = 1000
 
 @dataclass(frozen=True)
 class Night:
-    """The outcome of a night. `name` is None if nothing changed, or if the curation did not end well."""
+    """The outcome of a night. `name` is None if there is nothing to promote, or if the curation did not end well."""
 
     summary: Summary
     name: str | None = None
@@ -47,6 +48,8 @@ class Night:
     changes: tuple[Change, ...] = ()
     held_back: tuple[Change, ...] = ()
     """The changes for which it was not promoted."""
+    rolled_back: str | None = None
+    """The night with the same kept set that was taken back: what is current stays."""
 
 
 def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | None = None) -> Night:
@@ -66,13 +69,18 @@ def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | N
         before = nights.current(output)
         then = nights.read(output, before) if before else None
         kept = storage.sha256_of(storage.join(run.output, "selection", "selected.parquet"))
-        if then and kept == then["kept_sha256"]:
+        is_unchanged = then is not None and kept == then["kept_sha256"]
+        since = then["last_shard"] if then else -1
+        if is_unchanged and max(heard.pool, default=-1) <= since:
             return Night(summary, against=before)
+        if taken_back := None if is_unchanged else nights.rolled_back(output, kept):
+            return Night(summary, against=before, rolled_back=taken_back)
         watch.stage("compare")
-        now = _statistics(recipe, run.output, heard.pool, since=then["last_shard"] if then else -1)
+        now = _statistics(recipe, run.output, heard.pool, since=since)
         found = drift.changes(then, now) if then else []
         held_back = drift.beyond(found, recipe.drift.model_dump())
-        name = nights.new_name(output)
+        if is_unchanged and not held_back:  # new shards may all be broken: nothing of them is kept, and it is told
+            return Night(summary, against=before)
         about = {
             **now,
             "kept_sha256": kept,
@@ -81,7 +89,10 @@ def nightly(recipe: NightlyRecipe, *, watch: Watch | None = None, stop: Stop | N
             "held_back": [change._asdict() for change in held_back],
             "summary": dataclasses.asdict(summary),
         }
-        nights.keep(output, name, about)
+        name = nights.waiting(output, about)
+        if name is None:
+            name = nights.new_name(output)
+            nights.keep(output, name, about)
         if not held_back:
             nights.promote(output, name)
     return Night(summary, name, before, tuple(found), tuple(held_back))

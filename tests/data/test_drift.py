@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_new_rows_are_held_against_the_pool_as_it_was() -> None:
     assert kinds == {"new: dropped x", "new: dropped y", "pool: dropped y", "new: actor seconds per 1,000 images"}
 
 
+def test_new_shards_of_which_every_row_was_dropped_are_told_by_the_reason() -> None:
+    now = night(new=group(0, read=10, dropped={"x": 10}))
+    assert [change.name for change in beyond(changes(night(), now), LIMITS)] == ["new: dropped x"]
+
+
 def test_a_quantile_that_one_night_lacks_is_left_out() -> None:
     then = night(kept=group(5, quantiles={"s": [0.1, 0.2, 0.3, 0.4, None]}))
     now = night(kept=group(15, quantiles={"s": [0.1, 0.25, 0.3, 0.4, 0.5]}))
@@ -78,3 +84,19 @@ def test_the_pointer_goes_forth_and_back_and_names_complete_nights_only(tmp_path
     assert nights.roll_back(output) == "a" == nights.current(output)
     with pytest.raises(ValueError, match="no night was promoted before a"):
         nights.roll_back(output)
+
+
+def test_a_set_that_was_taken_back_is_known_until_it_is_promoted_and_a_deleted_night_is_passed_over(
+    tmp_path: Any,
+) -> None:
+    output = str(tmp_path)
+    for name in ("a", "b", "c"):
+        about = json.dumps({"format_version": 1, "kept_sha256": f"set {name}"})
+        storage.write_bytes(storage.join(nights.night_url(output, name), nights.NIGHT), about.encode())
+        nights.promote(output, name)
+        nights.promote(output, name)  # once more changes nothing: the way back is to the night before
+    (tmp_path / "nights" / "b" / nights.NIGHT).unlink()
+    assert nights.roll_back(output) == "a" == nights.current(output)
+    assert [nights.rolled_back(output, f"set {name}") for name in "abc"] == [None, None, "c"]
+    nights.promote(output, "c")
+    assert nights.rolled_back(output, "set c") is None

@@ -29,7 +29,7 @@ def language(row: int) -> dict[str, str]:
 def recipe(tmp_path: Path, recipe_for: Callable[..., Any]) -> NightlyRecipe:
     loose = Drift(drop_share=1, quantile=10, share=0.3, kept=10, cost=1e9)
     half = (Select(method={"name": "clip_score"}, keep_fraction=0.5),)
-    curate = recipe_for(str(tmp_path / "pool"), output=tmp_path / "nights", selection=half)
+    curate = recipe_for(str(tmp_path / "pool"), output=tmp_path / "nights", selection=half, max_drop_fraction=0.9)
     return NightlyRecipe(curate=curate, shares=("json.language",), drift=loose)
 
 
@@ -90,13 +90,34 @@ def test_nights_are_compared_promoted_held_back_and_taken_back(
     assert [told["groups"][group]["rows"] for group in ("pool", "new")] == [47, 24]
     assert told["groups"]["pool"]["read"] == told["summary"]["read"] == 48 and told["last_shard"] == 2
 
-    # By hand: promoted after all, and taken back, each by one command.
-    assert third.name and job.main(["--promote", third.name, output]) == 0
+    # The next night comes to the same, which still waits: no second copy.
+    assert nightly(recipe).name == third.name and nights.complete(output)[2:] == [third.name]
+
+    # By hand: promoted after all, and taken back, each by one command. What was taken back stays out.
+    assert third.name and job.main([f"--promote={third.name}", output]) == 0
     assert nights.current(output) == third.name
+    assert job.main(["--rollback", output]) == 0 and nights.current(output) == second.name
+    tolerant = recipe.model_copy(update={"drift": recipe.drift.model_copy(update={"share": 1.0})})
+    (tmp_path / "tolerant.json").write_text(tolerant.model_dump_json())
+    assert job.main([str(tmp_path / "tolerant.json")]) == 0 and nights.current(output) == second.name
+    assert f"nothing promoted: {third.name}, with the same kept set, was rolled back" in capsys.readouterr().err
+
+    # New shards of which nothing can be kept change no kept set, and are told all the same.
+    assert job.main(["--promote", third.name, output]) == 0
+    write_shard(tmp_path / "pool" / "00003.tar", count=8, seed=4, broken=range(8), fields=language)
+    idle = nightly(recipe)
+    assert idle.name is None and not idle.summary.failures
+    strict = recipe.model_copy(update={"drift": recipe.drift.model_copy(update={"drop_share": 0.5})})
+    fourth = nightly(strict)
+    assert [change.name for change in fourth.held_back] == [f"new: dropped {reason}"]
+    assert fourth.name not in (None, third.name) and nights.current(output) == third.name
     assert job.main(["--rollback", output]) == 0 and nights.current(output) == second.name
     assert job.main(["--rollback", output]) == 0 and nights.current(output) == first
     assert job.main(["--rollback", output]) == 2
     assert "no night was promoted before" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        job.main(["--promote", third.name, "--rollback", output])
+    assert job.main(["--promote", "", output]) == 2 and nights.current(output) == first  # a shell's unset variable
     night = tmp_path / "nights" / "nights" / first
     subset = json.loads((night / "summary.json").read_text())
     assert subset["selected"] == pq.read_metadata(night / "selection" / "selected.parquet").num_rows
