@@ -25,7 +25,8 @@
     subsample  typicality, k-center and near copies against packages and exact scans; growth with the pool
     subsets  what selection rules pick from pools whose junk is planted, judged on the picked rows themselves
 
-`--tiny` runs the smallest size, which proves the command and measures nothing.
+`--tiny` runs the smallest size, which proves the command and measures nothing. Exit code 1: a check of doctor or a
+round of chaos failed, or a plan is not possible; 2: the command is wrong; 4: it was stopped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,7 @@ from jobs.benchmarks.subset_pools import TRACKS as POOL_TRACKS
 from jobs.benchmarks.tracks import TRACKS
 from jobs.command import was_stopped
 from jobs.demo_race import NUM_STEPS
+from jobs.exit_codes import EXIT_FAILED, EXIT_OK
 
 
 def _ledger(*, pairs: int, tiny: bool) -> dict[str, Any]:
@@ -92,9 +95,11 @@ def _plan(
 ) -> dict[str, Any]:
     if samples is None:
         return plan.benchmark(tiny=tiny)
-    return capacity.priced(
-        rates, prices, samples=samples, hours=hours, samples_per_shard=samples_per_shard, keep_fraction=keep_fraction
-    )
+    how = {"samples_per_shard": samples_per_shard, "keep_fraction": keep_fraction}
+    try:
+        return capacity.priced(rates, prices, samples=samples, hours=hours, **how)
+    except (ValueError, OverflowError, OSError) as error:  # nothing has run: what was asked for is wrong
+        _parser().error(f"plan: {error}")
 
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -143,7 +148,14 @@ def main(arguments: list[str] | None = None) -> int:
     if given.json:
         told = figures if len(figures) > 1 else next(iter(figures.values()))
         given.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0
+    return EXIT_FAILED if any(told.get("failed") for told in figures.values()) else EXIT_OK
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, got {text}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("seed", "of its moments and order (0)", type=int, default=0)
     flag("faults", "these only (all)", nargs="+", choices=sorted(chaos.FAULTS))
     flag("output", "a folder or URL that every node can write (out/doctor)", default="out/doctor")
+    flag("wait_for_nodes_s", "ask the autoscaler for nodes, and wait so long (0)", type=_seconds, default=0.0)
     flag("samples", "price a run over so many samples, as in 5.85e9", type=float)
     flag("hours", "to be done within, or to begin nothing after (24)", type=float, default=24.0)
     flag("rates", "measured rates (cluster/rates.json)", type=Path, default=Path("cluster/rates.json"))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 
+from curation.data.redact import redacted
 from curation.distributed import logs
 from curation.distributed.account import Summary
 from curation.distributed.audit import warned_groups
@@ -92,26 +94,30 @@ class Progress(Watch):
 
 
 def print_plan(recipe: CurateRecipe, plan: Plan) -> None:
-    """What a run of this recipe would do."""
+    """What a run of this recipe would do, without the secrets in its URLs."""
+    print("\n".join(map(redacted, _plan_lines(recipe, plan))))
+
+
+def _plan_lines(recipe: CurateRecipe, plan: Plan) -> Iterator[str]:
     retired = sum(shard.retired for shard in plan.shards)
-    print(f"recipe {recipe.name}: {recipe.embed.model} on {recipe.compute.device}, output {recipe.output}")
+    yield f"recipe {recipe.name}: {recipe.embed.model} on {recipe.compute.device}, output {recipe.output}"
     counts = f"{len(plan.todo):,} to embed, {retired:,} retired, {len(plan.absent):,} absent"
-    print(f"pool: {len(plan.pool):,} shards; {counts}")
+    yield f"pool: {len(plan.pool):,} shards; {counts}"
     for shard in plan.todo[:5]:
-        print(f"  embed  {shard.number:08d}  {shard.url}")
+        yield f"  embed  {shard.number:08d}  {shard.url}"
     if len(plan.todo) > 5:
-        print(f"  ... and {len(plan.todo) - 5:,} more")
+        yield f"  ... and {len(plan.todo) - 5:,} more"
     for exclude in recipe.exclude:
-        print(f"  leave out {exclude.name}: by {exclude.by}, {exclude.files}")
+        yield f"  leave out {exclude.name}: by {exclude.by}, {exclude.files}"
     if recipe.holdout:
-        print(f"  hold out {', '.join(recipe.holdout.parts)}; choose from {recipe.holdout.keep}")
+        yield f"  hold out {', '.join(recipe.holdout.parts)}; choose from {recipe.holdout.keep}"
     for name, run in recipe.decontaminate.sets.items() if recipe.decontaminate else ():
-        print(f"  leave out copies in {name}: {run}")
+        yield f"  leave out copies in {name}: {run}"
     for column in recipe.columns:
-        print(f"  make column {column.name}: {column.make}")
+        yield f"  make column {column.name}: {column.make}"
     for step in recipe.selection:
-        print(f"  select {step.name}: {step.model_dump(exclude_defaults=True)}")
-    print(f"  write  {'tables and tars' if recipe.write.tars else 'tables'}")
+        yield f"  select {step.name}: {step.model_dump(exclude_defaults=True)}"
+    yield f"  write  {'tables and tars' if recipe.write.tars else 'tables'}"
 
 
 def print_summary(recipe: CurateRecipe, summary: Summary) -> None:

@@ -35,6 +35,7 @@ from curation.addresses import prefix_sums
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.distributed.durable_ledger import DurableLedger
+from curation.distributed.gauges import LastingGauges
 from curation.distributed.ledger_writes import specs_json
 from curation.ledger import LedgerSpec
 
@@ -76,6 +77,7 @@ class LedgerActor:
         self._stall = Gauge(
             "curation_ledger_snapshot_stall_s", "Seconds for which the last snapshot held up writes.", keys
         )
+        self._gauges = LastingGauges()  # a ledger that nobody writes to is still as large
         for metric in (self._updates, self._known, self._bytes, self._log_bytes, self._waiting, self._stall):
             metric.set_default_tags(tags)
         self._next_metrics = 0.0
@@ -93,7 +95,7 @@ class LedgerActor:
         """`DurableLedger.snapshot`."""
         begun = time.monotonic()
         self._durable.snapshot(tag, attempt, call=call)
-        self._stall.set(time.monotonic() - begun)
+        self._gauges.set(self._stall, time.monotonic() - begun)
         self._tell_metrics()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -121,11 +123,11 @@ class LedgerActor:
 
     def _tell_metrics(self) -> None:
         self._next_metrics = time.monotonic() + METRICS_EVERY_S
-        self._bytes.set(self._durable.ledger.num_bytes)
-        self._log_bytes.set(self._durable.log_bytes)
-        self._waiting.set(self._durable.waiting_bytes)
+        self._gauges.set(self._bytes, self._durable.ledger.num_bytes)
+        self._gauges.set(self._log_bytes, self._durable.log_bytes)
+        self._gauges.set(self._waiting, self._durable.waiting_bytes)
         for name in self._durable.ledger.names:
-            self._known.set(self._durable.ledger.known(name), {"ledger": name})
+            self._gauges.set(self._known, self._durable.ledger.known(name), {"ledger": name})
 
 
 @dataclass(frozen=True)

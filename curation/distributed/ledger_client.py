@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from ray.util.metrics import Gauge
 
 from curation.addresses import flat_positions, prefix_sums, shard_of
+from curation.distributed.gauges import LastingGauges
 from curation.distributed.ledger_actor import Columns, LedgerHandles, answers_of, read_shards, take_rows
 from curation.distributed.ledger_writes import (
     AbandonedAttempt,
@@ -68,6 +69,7 @@ class LedgerClient:
             "curation_ledger_unacknowledged_writes", "Writes that no actor has acknowledged yet.", ("writer",)
         )
         self._in_flight.set_default_tags({"writer": writer})
+        self._gauges = LastingGauges()
         self._flights: list[dict[Any, int | None]] = [{} for _ in self._actors]  # reference -> number, None for a skip
         self._firsts: list[int] | None = None
         self._next: list[int] = []
@@ -117,7 +119,7 @@ class LedgerClient:
             number = self._next[index]
             self._next[index] += 1
             self._flights[index][self._actors[index].write.remote(self._writer, number, part)] = number
-        self._in_flight.set(sum(map(len, self._flights)))
+        self._tell_in_flight()
 
     def flush(self) -> None:
         """Return once all that was recorded is acknowledged and applied: a read, by anyone, sees it.
@@ -147,7 +149,11 @@ class LedgerClient:
         while any(self._flights):  # a refused write is followed by its skip
             for index in range(len(self._actors)):
                 self._settle(index, leave=0)
+        self._tell_in_flight()
         self._raise_failed()
+
+    def _tell_in_flight(self) -> None:
+        self._gauges.set(self._in_flight, sum(self.in_flight))
 
     def _settle(self, index: int, *, leave: int) -> None:
         """Take what one actor has acknowledged, and wait until at most `leave` of its writes are unacknowledged."""

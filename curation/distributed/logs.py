@@ -1,16 +1,18 @@
 """What a run says: plain lines for people, or one JSON object a line, of the job and of the workers that Ray starts.
 
 A JSON line holds `time`, `level`, `logger`, `run`, `message`, and the facts that the message tells in words; a worker's
-line also says its `node` and `pid`. `run` is the same in all lines of one start of a job, on all its nodes, so that a
-log store can tell apart what it gathers from many pods. The job's lines go to its stderr, a worker's to its stderr
-file in Ray's log folder on its node, where clusters collect them; with JSON they are not sent to the job's stderr too,
-for Ray would put its prefix before each. In plain form workers say warnings only.
+line also says its `node` and `pid`. A figure that is not finite, which JSON cannot say, is null. `run` is the same in
+all lines of one start of a job, on all its nodes, so that a log store can tell apart what it gathers from many pods.
+The job's lines go to its stderr, a worker's to its stderr file in Ray's log folder on its node, where clusters collect
+them; with JSON they are not sent to the job's stderr too, for Ray would put its prefix before each. In plain form
+workers say warnings only.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -47,7 +49,18 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             told["error"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+        return json.dumps(_sayable(told), default=str, allow_nan=False)
+
+
+def _sayable(value: Any) -> Any:
+    """The same for JSON: null for a float that is not finite, however deep; names are text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _sayable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(item) for item in value]
+    return value
 
 
 class _Stderr(logging.Handler):

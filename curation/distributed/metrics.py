@@ -1,18 +1,22 @@
 """What a run tells Prometheus through Ray's metrics port: every metric that dashboards and alerts may name.
 
 Ray puts `ray_` before a name and `_total` behind a counter's. Each has the label `run`, the last part of the output's
-URL. Metrics come from the driver of a curation and from rank 0 of a training, about ten seconds late; a run that is
-shorter may never be seen. Shares are left to the query: counters add up over runs and restarts, shares do not.
+URL; for a nightly run, which is OUTPUT/run, that of OUTPUT. Metrics come from the driver of a curation and from rank 0
+of a training, about ten seconds late; a run that is shorter may never be seen. A gauge is there while a curation embeds
+or a training runs, whether it gets on or not; a counter, from its first count on. Shares are left to the query:
+counters add up over runs and restarts, shares do not.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from ray.util.metrics import Counter, Gauge
 
+from curation.data import nights
 from curation.data.pieces import Record
 from curation.data.step_log import Row
+from curation.distributed.gauges import AGAIN_EVERY_S, LastingGauges
 
 
 class Metric(NamedTuple):
@@ -26,6 +30,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "curation_shards": Metric("counter", "Shards committed, or left pending", ("outcome",)),
     "curation_images_embedded": Metric("counter", "Images embedded and committed"),
+    "curation_samples_read": Metric("counter", "Samples of committed shards, embedded or dropped"),
     "curation_samples_dropped": Metric("counter", "Samples dropped in committed shards, by reason", ("reason",)),
     "curation_actor_seconds": Metric("counter", "Actors' seconds in committed shards, by stage", ("stage",)),
     "curation_actors": Metric("gauge", "Embedding actors of the run"),
@@ -44,18 +49,37 @@ def exported(name: str) -> str:
     return f"ray_{name}_total" if METRICS[name].kind == "counter" else f"ray_{name}"
 
 
-class RunMetrics:
-    """The metrics of one run, made when they are first set. Needs a connected Ray."""
+def run_name(output: str) -> str:
+    """The label `run` of an output."""
+    output = output.rstrip("/")
+    above, _, last = output.rpartition("/")
+    return run_name(above) if above and nights.run_url(above) == output else last
 
-    def __init__(self, output: str):
-        self._run = output.rstrip("/").rpartition("/")[2]
+
+class RunMetrics:
+    """The metrics of one run, made when they are first set. Needs a connected Ray, and is closed when the run ends."""
+
+    def __init__(self, output: str, *, again_every_s: float = AGAIN_EVERY_S):
+        self._run = run_name(output)
         self._made: dict[str, Counter | Gauge] = {}
+        self._gauges = LastingGauges(every_s=again_every_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The run has ended: its gauges vanish."""
+        self._gauges.close()
 
     def embedding(self, record: Record) -> None:
         """A shard was committed, or left pending."""
         self._add("curation_shards", 1, outcome="pending" if "pending" in record else "committed")
         if "pending" in record:
             return
+        self._add("curation_samples_read", record["read"])
         self._add("curation_images_embedded", record["embedded"])
         for reason, count in record["dropped"].items():
             self._add("curation_samples_dropped", count, reason=reason)
@@ -65,6 +89,10 @@ class RunMetrics:
     def actors(self, count: int) -> None:
         """How many actors the run has."""
         self._set("curation_actors", count)
+
+    def begins(self, step: int) -> None:
+        """A training begins, or goes on, after so many steps."""
+        self._set("curation_train_step", step)
 
     def step(self, noted: Row, *, loaded: int, trained: int) -> None:
         """A training step, as the log has it."""
@@ -88,7 +116,7 @@ class RunMetrics:
         metric = self._metric(name)
         assert isinstance(metric, Gauge)
         if isinstance(value, int | float):
-            metric.set(value, tags={"run": self._run})
+            self._gauges.set(metric, value, {"run": self._run})
 
     def _metric(self, name: str) -> Counter | Gauge:
         if name not in self._made:

@@ -165,10 +165,12 @@ def _embed(recipe: CurateRecipe, plan: Plan, watch: Watch, stop: Stop) -> Embedd
     manifest.index(recipe.output, EMBED_STAGE, pieces)
     now: list[int] = []
     pending: dict[str, str] = {}
-    metrics = RunMetrics(recipe.output)
-    metrics.actors(placement.actors)
     key = manifest.digest(spec.made_by)
-    with contextlib.closing(_watched(plan.todo, spec, placement, recipe.compute.stall_s, watch)) as records:
+    with (
+        RunMetrics(recipe.output) as metrics,
+        contextlib.closing(_watched(plan.todo, spec, placement, recipe.compute.stall_s, watch)) as records,
+    ):
+        metrics.actors(placement.actors)
         for record in records:
             watch.committed(record)
             metrics.embedding(record)

@@ -74,7 +74,8 @@ def train_loop(told: dict[str, Any]) -> None:
     torch.set_num_threads(spec.recipe.compute.torch_threads)
     worker = _Worker(spec)
     num_steps, every = spec.recipe.train.num_steps, spec.recipe.checkpoint_every
-    with StallGuard(spec.recipe.output, ranks().rank, stall_s=spec.recipe.compute.stall_s) as guard:
+    stall_guard = StallGuard(spec.recipe.output, ranks().rank, stall_s=spec.recipe.compute.stall_s)
+    with stall_guard as guard, worker.metrics:
         begun = worker.begin()
         for ready in worker.ready():
             if not worker.step(ready, begun=begun):
@@ -145,7 +146,8 @@ class _Worker:
         self._evaluation = self._load_evaluation() if self._rank == 0 else None
         self._notes = StepNotes(recipe, totals) if self._rank == 0 else None
         self._next_progress = 0.0
-        self._metrics = RunMetrics(self._output)
+        self.metrics = RunMetrics(self._output)
+        """Rank 0 tells of the run; to be closed when this worker has ended."""
         self._meter = EnergyMeter(ray.train.torch.get_device())
 
     def _load_evaluation(self) -> Evaluation | None:
@@ -184,6 +186,8 @@ class _Worker:
     def ready(self) -> Iterator[Ready]:
         """The steps that are left, each with what this rank trains on. Ends early where a batch is bad."""
         steps = range(self._position.step, self._spec.recipe.train.num_steps)
+        if self._rank == 0:
+            self.metrics.begins(steps.start)
         if self._pool is not None:
             if self._rank == 0:
                 self._pool.begin(steps.start)
@@ -299,7 +303,7 @@ class _Worker:
         self._steps.append({**row, "seconds": notes.totals["seconds"], "step_seconds": step_seconds})
         self._tell_progress()
         train = self._spec.recipe.train
-        self._metrics.step(self._steps[-1], loaded=train.super_batch, trained=train.sub_batch)
+        self.metrics.step(self._steps[-1], loaded=train.super_batch, trained=train.sub_batch)
 
     def _tell_progress(self) -> None:
         if time.monotonic() >= self._next_progress:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ DRIVER_SHARDS_PER_S = 100.0
 STAGED_PARTS_PER_ACTOR = 4
 """Parts of decoded pixels in the object store for each actor: two in its hands, two ready."""
 STAGED_PART_BYTES = 128 << 20
+AnyPart = TypeVar("AnyPart", bound=Part)
 GB, TB = 1e9, 1e12
 HOURS_PER_MONTH = 730.0
 
@@ -72,6 +73,10 @@ class Capacity:
     hours: float
     """Of embedding; with `driver_bound` the driver decides, not the nodes."""
     driver_bound: bool
+    possible: bool
+    """False if the driver alone takes longer than was wanted; the nodes are then counted for its hours."""
+    least_samples_per_shard: int
+    """With shards as large, it is possible."""
     object_store_gb: float
     """Of one GPU node."""
     ledger_actors: int
@@ -85,34 +90,41 @@ class Capacity:
 def capacity(
     rates: Rates, prices: Prices, *, samples: float, hours: float, samples_per_shard: int, keep_fraction: float
 ) -> Capacity:
-    """The nodes that embed `samples` within `hours`; what they cost. ValueError if a number is absurd."""
+    """The nodes that embed `samples` within `hours`, or as soon as the driver can; what they cost.
+
+    ValueError if a number is absurd.
+    """
     for name, value in (("samples", samples), ("hours", hours), ("samples_per_shard", samples_per_shard)):
-        if not value > 0:
-            raise ValueError(f"{name} must be more than 0, got {value}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and more than 0, got {value}")
     if not 0 <= keep_fraction <= 1:
         raise ValueError(f"keep_fraction must be in [0, 1], got {keep_fraction}")
     per_actor = rates.efficiency * rates.forward_per_actor
-    wanted = math.ceil(samples / (3600 * hours * per_actor))
+    images_per_s = min(samples / (3600 * hours), DRIVER_SHARDS_PER_S * samples_per_shard)
+    wanted = math.ceil(images_per_s / per_actor)
     gpu_nodes = math.ceil(wanted / prices.actors_per_gpu_node)
     actors = gpu_nodes * prices.actors_per_gpu_node
     missing_cores = actors * per_actor / rates.decode_per_core - gpu_nodes * prices.cores_per_gpu_node
     cpu_nodes = max(0, math.ceil(missing_cores / prices.cores_per_cpu_node))
-    shards = math.ceil(samples / samples_per_shard)
-    nodes_hours, driver_hours = samples / (3600 * actors * per_actor), shards / (3600 * DRIVER_SHARDS_PER_S)
+    nodes_hours = samples / (3600 * actors * per_actor)
+    driver_hours = samples / samples_per_shard / (3600 * DRIVER_SHARDS_PER_S)
     needed = max(nodes_hours, driver_hours)
+    least_samples_per_shard = math.ceil(samples / (3600 * hours * DRIVER_SHARDS_PER_S))
     ledger_gb = rates.ledger_bytes * samples / GB
     tables = samples * (2 * 2 * rates.embedding_dim + rates.row_bytes)
     kept = samples * keep_fraction * rates.image_bytes
     parts = STAGED_PARTS_PER_ACTOR * prices.actors_per_gpu_node if cpu_nodes else 0
     hourly = gpu_nodes * prices.gpu_node_hour + cpu_nodes * prices.cpu_node_hour + prices.head_hour
     return Capacity(
-        shards=shards,
+        shards=math.ceil(samples / samples_per_shard),
         actors=actors,
         gpu_nodes=gpu_nodes,
         cpu_nodes=cpu_nodes,
         staged=cpu_nodes > 0,
         hours=needed,
-        driver_bound=driver_hours > nodes_hours,
+        driver_bound=driver_hours >= nodes_hours,
+        possible=samples_per_shard >= least_samples_per_shard,
+        least_samples_per_shard=least_samples_per_shard,
         object_store_gb=parts * STAGED_PART_BYTES / GB,
         ledger_actors=math.ceil(ledger_gb / rates.ledger_actor_gb),
         ledger_gb=ledger_gb,
@@ -126,17 +138,33 @@ def capacity(
 def priced(
     rates: Path, prices: Path, *, samples: float, hours: float, samples_per_shard: int, keep_fraction: float
 ) -> dict[str, Any]:
-    """A plan from two files, printed; ValueError if a file does not fit."""
-    measured, paid = Rates.model_validate_json(rates.read_text()), Prices.model_validate_json(prices.read_text())
+    """A plan from two files, printed; `failed` if it is not possible. ValueError if a file or a number does not fit."""
+    measured, paid = _of_file(Rates, rates, flag="--rates"), _of_file(Prices, prices, flag="--prices")
     plan = capacity(
         measured, paid, samples=samples, hours=hours, samples_per_shard=samples_per_shard, keep_fraction=keep_fraction
     )
     print(f"{samples:,.0f} samples within {hours:g} h, {keep_fraction:.0%} kept")
+    if not plan.possible:
+        print(
+            f"not possible within {hours:g} h: Ray Data's driver handles {DRIVER_SHARDS_PER_S:g} shards a second, so "
+            f"{plan.shards:,} shards take {plan.hours:,.2f} h, for which the nodes are counted; possible with "
+            f"samples_per_shard >= {plan.least_samples_per_shard:,}"
+        )
     print(f"rates: {measured.source}\nprices: {paid.source}\n")
     for name, value in asdict(plan).items():
-        print(f"  {name.replace('_', ' '):<20} {_told(value):>18}")
-    print(f"  {'currency':<20} {paid.currency:>18}")
-    return {"rates": measured.model_dump(), "prices": paid.model_dump(), "plan": asdict(plan)}
+        print(f"  {name.replace('_', ' '):<24} {_told(value):>18}")
+    print(f"  {'currency':<24} {paid.currency:>18}")
+    told = {"rates": measured.model_dump(), "prices": paid.model_dump(), "plan": asdict(plan)}
+    return {**told, "failed": int(not plan.possible)}
+
+
+def _of_file(kind: type[AnyPart], path: Path, *, flag: str) -> AnyPart:
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}; the image has none, cluster/ of the repository an example")
+    try:
+        return kind.model_validate_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
 
 
 def _told(value: float | bool) -> str:

@@ -3,17 +3,15 @@
 Run it where your jobs run (`ray job submit ... -- python -m jobs.benchmark doctor`, or with RAY_ADDRESS set), with an
 `--output` that every node can write. It looks at every node by itself: versions, storage, decoding, GPUs; then at all
 together: an all-gather, a curation and a training on two workers that are killed and resumed. It takes about fifteen
-minutes at most. The floors are what a run needs to make sense, not what good hardware reaches.
+minutes at most. The floors are what a run needs to make sense, not what good hardware reaches. A cluster that grows is
+asked for nodes and waited for as by a run: `--wait-for-nodes-s`. Exit code 1 if a check failed, 4 if it was stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from curation.data import storage
 from curation.distributed import versions
-from curation.distributed.resources import cluster
+from curation.distributed.resources import cluster, grown
+from curation.distributed.stopping import Stop
+from jobs.benchmarks.doctor_runs import resumed
 from jobs.benchmarks.pairs import provenance
 from jobs.demo_pool import make_pool
 
@@ -39,6 +39,8 @@ DECODED_PER_S = 40.0
 """Images of 512 px that one core decodes and resizes a second."""
 GPU_TFLOPS = 10.0
 GATHER_MB_S = 50.0
+WORKERS = 2
+"""Of the training; each takes a CPU."""
 NODE_LIMIT_S, RUN_LIMIT_S = 180, 600
 
 
@@ -52,8 +54,16 @@ class Check:
     fix: str = ""
 
 
-def benchmark(*, output: str, tiny: bool) -> dict[str, Any]:
-    """All checks, told as they come; `failed` counts those that failed."""
+NO_WORKER = Check(
+    "worker nodes",
+    False,
+    "no worker node is there; the head alone runs no task",
+    "start one; where an autoscaler does it, ask for it and wait: --wait-for-nodes-s 1800",
+)
+
+
+def benchmark(*, output: str, wait_for_nodes_s: float = 0.0, tiny: bool) -> dict[str, Any]:
+    """All checks, told as they come; `failed` counts those that failed. Interrupted by SIGTERM."""
     folder = storage.join(storage.absolute(output), f"doctor-{secrets.token_hex(4)}")
     checks: list[Check] = []
 
@@ -66,14 +76,21 @@ def benchmark(*, output: str, tiny: bool) -> dict[str, Any]:
                 + (f"\n      fix: {check.fix}" if not check.passed and check.fix else "")
             )
 
-    with cluster(num_cpus=2):
+    with cluster(num_cpus=WORKERS), Stop().on_sigterm(interrupts=True):
+        grown({"CPU": 1.0}, WORKERS, wait_s=wait_for_nodes_s)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        noted(of_nodes(nodes, folder, mib=1 if tiny else STORE_MIB))
-        noted(all_gather(nodes, mib=1 if tiny else 64))
-    if not tiny:
-        noted(killed_and_resumed(folder))
+        can_work = any(node["Resources"].get("CPU", 0) >= 1 for node in nodes)
+        if can_work:
+            noted(of_nodes(nodes, folder, mib=1 if tiny else STORE_MIB))
+            noted(all_gather(nodes, mib=1 if tiny else 64))
+        else:
+            noted(iter([NO_WORKER]))
+    if can_work and not tiny:
+        with Stop().on_sigterm(interrupts=True):
+            noted(killed_and_resumed(folder, wait_for_nodes_s=wait_for_nodes_s))
     failed = sum(check.passed is False for check in checks)
-    print(f"{len(nodes)} nodes, {len(checks)} checks, {failed} failed; what was written lies in {folder}")
+    where = f"; what was written lies in {folder}" if can_work else ""
+    print(f"{len(nodes)} nodes, {len(checks)} checks, {failed} failed{where}")
     told = [asdict(check) for check in checks]
     return {**provenance(), "benchmark": "doctor", "nodes": len(nodes), "checks": told, "failed": failed}
 
@@ -273,8 +290,12 @@ def all_gather(nodes: list[dict[str, Any]], *, mib: int) -> Iterator[Check]:
             ray.kill(actor)
 
 
-def killed_and_resumed(folder: str) -> Iterator[Check]:
-    """A curation, and a training that selects online on two workers, each killed once and given again."""
+def killed_and_resumed(folder: str, *, wait_for_nodes_s: float) -> Iterator[Check]:
+    """A curation, and a training that selects online on two workers, each killed once and given again.
+
+    Each waits for nodes as long as the doctor did, for those that came may have left again.
+    """
+    wait, limit_s = ["--compute.wait-for-nodes-s", f"{wait_for_nodes_s:g}"], RUN_LIMIT_S + wait_for_nodes_s
     fix = "run the command by itself and read what it says; pool and output must be on every node"
     pool = storage.join(folder, "pool")
     with tempfile.TemporaryDirectory(prefix="curation-doctor-") as made:
@@ -282,9 +303,9 @@ def killed_and_resumed(folder: str) -> Iterator[Check]:
         for shard in (Path(made) / "pool" / "shards").glob("*.tar"):
             storage.copy(str(shard), storage.join(pool, shard.name))
     run, trained = storage.join(folder, "run"), storage.join(folder, "train")
-    curate = ["jobs.curate", "debug", "--pool.shards", pool, "--output", run, "--max-drop-fraction", "1"]
+    curate = ["jobs.curate", "debug", "--pool.shards", pool, "--output", run, "--max-drop-fraction", "1", *wait]
     manifests = storage.join(run, "manifest", "embed")
-    ok, told = _resumed(curate, killed_when=lambda: len(storage.names_in(manifests)) >= 3)
+    ok, told = resumed(curate, killed_when=lambda: len(storage.names_in(manifests)) >= 3, limit_s=limit_s)
     kept = storage.exists(storage.join(run, "summary.json")) and json.loads(
         storage.read_bytes(storage.join(run, "summary.json"))
     )
@@ -293,10 +314,10 @@ def killed_and_resumed(folder: str) -> Iterator[Check]:
     if not ok:
         return
     steps = 12
-    train = ["jobs.train", "debug", "--data.run", run, "--output", trained, "--compute.workers", "2"]
+    train = ["jobs.train", "debug", "--data.run", run, "--output", trained, "--compute.workers", str(WORKERS), *wait]
     train += ["--train.num-steps", str(steps), "--train.sub-batch", "32", "--checkpoint-every", "4"]
     checkpoints = storage.join(trained, "train", "checkpoints")
-    ok, told = _resumed(train, killed_when=lambda: bool(storage.folders_in(checkpoints)))
+    ok, told = resumed(train, killed_when=lambda: bool(storage.folders_in(checkpoints)), limit_s=limit_s)
     url = storage.join(trained, "train", "summary.json")
     done = json.loads(storage.read_bytes(url))["steps"] if storage.exists(url) else 0
     yield Check(
@@ -305,25 +326,3 @@ def killed_and_resumed(folder: str) -> Iterator[Check]:
         f"{told}, {done} of {steps} steps",
         fix,
     )
-
-
-def _resumed(command: list[str], *, killed_when: Callable[[], bool]) -> tuple[bool, str]:
-    """Start a job, kill its driver when something is there, give the command again; whether it ended well, in words."""
-    begun = time.monotonic()
-    first = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while first.poll() is None and time.monotonic() - begun < RUN_LIMIT_S and not killed_when():
-        time.sleep(0.1)
-    was_killed = first.poll() is None
-    first.kill()
-    first.wait()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        time.sleep(5)  # its Ray, if it was its own, ends now
-        again = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
-        )
-        how = "killed" if was_killed else "ended before it could be killed"
-        told = f"{how}, then exit {again.returncode} after {time.monotonic() - begun:,.0f} s"
-        return again.returncode == 0, told if again.returncode == 0 else f"{told}: {again.stderr[-400:]}"
-    return False, f"no end within {RUN_LIMIT_S} s"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ DASHBOARD = json.loads((CLUSTER / "grafana.json").read_text())
 ALERTS = yaml.safe_load((CLUSTER / "alerts.yaml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+PROMTOOL = shutil.which("promtool")
 EXPRESSIONS = [*QUERIES, *(rule["expr"] for rule in RULES)]
 
 
@@ -72,6 +75,39 @@ def test_prometheus_reads_the_rules_and_finds_both_kinds_of_cluster() -> None:
     assert kinds == [{"kubernetes_sd_configs"}, {"file_sd_configs"}]
 
 
+WORST: dict[str, Callable[[RunMetrics], None]] = {
+    "CurationManyDrops": lambda run: run.embedding({"read": 9, "embedded": 0, "dropped": {"a": 9}, "seconds": {}}),
+    "CurationNoCommit": lambda run: run.actors(4),
+    "CurationPendingShards": lambda run: run.embedding({"shard": 0, "pending": "OSError"}),
+    "CurationTrainStalls": lambda run: run.step(
+        {"step": 1, "loss": None, "not_decoded": 0, "seconds_wait": 9.0}, loaded=10, trained=2
+    ),
+    "CurationTrainStandsStill": lambda run: run.begins(0),
+}
+"""What of a run is all that is ever told when its alert has to fire."""
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_at_the_worst_there_is_every_series_that_an_alert_rests_on(
+    rule: dict[str, Any], told: Callable[[RunMetrics], dict[str, Any]]
+) -> None:
+    run = RunMetrics("runs/first", again_every_s=3600.0)
+    WORST[rule["alert"]](run)
+    there = {exported(name) for name, values in told(run).items() if values}
+    rests_on = set(re.findall(r"\bray_\w+", rule["expr"].partition(" unless ")[0]))
+    assert rests_on and rests_on <= there
+    if " unless " in rule["expr"] or "== 0" in rule["expr"]:  # a counter that stands still may have no series at all
+        assert {OURS[name].kind for name in rests_on} == {"gauge"}
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not here")
+def test_prometheus_fires_each_alert_when_it_should_and_only_then() -> None:
+    assert PROMTOOL
+    rules = str(Path(__file__).with_name("alerts.yaml"))
+    told = subprocess.run([PROMTOOL, "test", "rules", rules], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 class Recorded:
     """In place of Ray's metric: what it was told."""
 
@@ -102,8 +138,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunMetrics], dict[str, An
 
 
 def test_a_shard_and_a_step_are_told_in_numbers(told: Callable[[RunMetrics], dict[str, Any]]) -> None:
-    run = RunMetrics("s3://bucket/runs/first/")
-    run.embedding({"embedded": 7, "dropped": {"image:corrupt": 2}, "seconds": {"wait": 0.5, "forward": 0.0}})
+    run = RunMetrics("s3://bucket/runs/first/", again_every_s=3600.0)
+    run.embedding({"read": 9, "embedded": 7, "dropped": {"image:corrupt": 2}, "seconds": {"wait": 0.5, "forward": 0.0}})
     run.embedding({"shard": 1, "pending": "OSError"})
     run.step(
         {"step": 3, "loss": 0.5, "not_decoded": 0, "seconds_wait": 0.25, "seconds": 9.0, "junk_share": None},
@@ -113,6 +149,7 @@ def test_a_shard_and_a_step_are_told_in_numbers(told: Callable[[RunMetrics], dic
     of = {"run": "first"}
     assert told(run) == {
         "curation_shards": [(1, {**of, "outcome": "committed"}), (1, {**of, "outcome": "pending"})],
+        "curation_samples_read": [(9, of)],
         "curation_images_embedded": [(7, of)],
         "curation_samples_dropped": [(2, {**of, "reason": "image:corrupt"})],
         "curation_actor_seconds": [(0.5, {**of, "stage": "wait"})],

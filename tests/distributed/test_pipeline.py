@@ -19,7 +19,8 @@ from curation.data.lease import Lease, OutputInUse
 from curation.data.manifest import OtherRun
 from curation.data.pieces import Record
 from curation.distributed.account import Summary
-from curation.distributed.pipeline import ActorsFailed, curate, embed_shards, make_plan
+from curation.distributed.metrics import RunMetrics
+from curation.distributed.pipeline import ActorsFailed, Watch, curate, embed_shards, make_plan
 from curation.recipe import Audit, Compute, CurateRecipe, Embed, Group, Pool, Select, Threshold, Write
 
 RecipeFor = Callable[..., CurateRecipe]
@@ -107,6 +108,25 @@ def test_two_actors_write_the_same_bytes_as_one(
     assert results(tmp_path / "out", folders=("samples", "selection")) == results(
         finished[0], folders=("samples", "selection")
     )
+
+
+def test_metrics_tell_of_the_actors_while_shards_are_embedded_and_not_while_they_are_selected(
+    small_pool: Path, recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(RunMetrics, "actors", lambda self, count: heard.append(f"{count} actor"))
+    monkeypatch.setattr(RunMetrics, "embedding", lambda self, record: heard.append(f"{record['read']} read"))
+    monkeypatch.setattr(RunMetrics, "close", lambda self: heard.append("closed"))
+
+    class Stages(Watch):
+        def stage(self, name: str) -> None:
+            heard.append(name)
+
+    recipe = recipe_for(f"{small_pool}/b")
+    assert not curate(recipe, watch=Stages()).failures
+    shards = len(list((small_pool / "b").iterdir()))
+    assert heard[0] == "1 actor" and heard[1 + shards :] == ["closed", "select", "write"]
+    assert all(said.endswith(" read") for said in heard[1 : 1 + shards])
 
 
 def test_another_selection_decodes_nothing_and_replaces_the_kept_set(

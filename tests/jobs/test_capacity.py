@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from jobs import benchmark
 from jobs.benchmarks.capacity import Prices, Rates, capacity
+from jobs.exit_codes import EXIT_FAILED, EXIT_USAGE
 
 RATES = Rates(
     source="by hand",
@@ -65,12 +67,25 @@ def test_small_shards_are_the_drivers_business() -> None:
     assert told.driver_bound and told.hours == pytest.approx(1e7 / 100 / 3600)
 
 
+def test_what_the_driver_cannot_do_in_time_is_said_and_nodes_are_counted_for_its_hours() -> None:
+    # 1e12 / 10,000 = 1e8 shards, at 100 a second 277.8 h. It hands out 1e6 images/s, to 1111.1 actors: 278 nodes of 4.
+    told = plan(1e12, 1)
+    assert not told.possible and told.driver_bound and told.hours == pytest.approx(1e6 / 3600)
+    assert (told.gpu_nodes, told.actors) == (278, 1112)
+    assert told.compute_cost == pytest.approx(told.hours * (278 * 10 + told.cpu_nodes + 0.5))
+    # Within an hour it can hand out 360,000 shards: 1e12 / 360,000 samples in each.
+    assert told.least_samples_per_shard == 2_777_778
+    assert not plan(1e12, 1, samples_per_shard=2_777_777).possible
+    larger = plan(1e12, 1, samples_per_shard=2_777_778)
+    assert larger.possible and larger.hours <= 1 and larger.gpu_nodes > 1000 * 60
+
+
 @given(st.floats(1e3, 1e11), st.floats(0.1, 1000), st.floats(1, 10))
 def test_whole_nodes_meet_the_hours_and_more_samples_never_need_less(
     samples: float, hours: float, factor: float
 ) -> None:
     less, more = plan(samples, hours), plan(samples * factor, hours)
-    assert less.driver_bound or less.hours <= hours * (1 + 1e-9)
+    assert less.hours <= hours * (1 + 1e-9) if less.possible else less.driver_bound
     for name in ("shards", "gpu_nodes", "cpu_nodes", "ledger_actors", "tables_tb", "kept_tb"):
         assert getattr(less, name) <= getattr(more, name), name
 
@@ -78,9 +93,12 @@ def test_whole_nodes_meet_the_hours_and_more_samples_never_need_less(
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"samples": 0}, "samples must be more than 0, got 0"),
-        ({"hours": -1}, "hours must be more than 0, got -1"),
-        ({"samples_per_shard": 0}, "samples_per_shard must be more than 0"),
+        ({"samples": 0}, "samples must be finite and more than 0, got 0"),
+        ({"samples": math.inf}, "samples must be finite and more than 0, got inf"),
+        ({"hours": -1}, "hours must be finite and more than 0, got -1"),
+        ({"hours": math.inf}, "hours must be finite and more than 0, got inf"),
+        ({"hours": math.nan}, "hours must be finite and more than 0, got nan"),
+        ({"samples_per_shard": 0}, "samples_per_shard must be finite and more than 0"),
         ({"keep_fraction": 1.5}, r"keep_fraction must be in \[0, 1\], got 1.5"),
     ],
 )
@@ -100,3 +118,41 @@ def test_the_command_prices_a_run_from_the_files_that_are_there(
     assert "5,850,000,000 samples within 24 h" in said and "nobody's price list" in said
     told = json.loads(raw.read_text())["plan"]
     assert told["shards"] == 585_000 and told["ledger_gb"] == pytest.approx(70.43, abs=0.01)
+
+
+EXAMPLES = ["--rates", "cluster/rates.json", "--prices", "cluster/prices.json"]
+
+
+def test_a_plan_that_is_not_possible_says_so_and_what_would_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    raw = tmp_path / "plan.json"
+    command = ["plan", "--samples", "1e12", "--hours", "1", *EXAMPLES, "--json", str(raw)]
+    assert benchmark.main(command) == EXIT_FAILED
+    said = capsys.readouterr().out
+    assert "not possible within 1 h: " in said and "277.78 h" in said and "samples_per_shard >= 2,777,778" in said
+    assert json.loads(raw.read_text())["plan"]["possible"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--hours", "inf"], "hours must be finite and more than 0, got inf"),
+        (["--samples", "inf"], "samples must be finite and more than 0, got inf"),
+        (["--samples", "0"], "samples must be finite and more than 0, got 0"),
+        (["--samples", "1e308"], "plan: "),
+        (["--samples-per-shard", "0"], "samples_per_shard must be finite and more than 0, got 0"),
+        (["--keep-fraction", "nan"], "keep_fraction must be in [0, 1], got nan"),
+        (["--rates", "nowhere.json"], "--rates: there is no file nowhere.json"),
+        (["--prices", "nowhere.json"], "--prices: there is no file nowhere.json"),
+        (["--prices", "cluster/rates.json"], "--prices cluster/rates.json: "),
+    ],
+)
+def test_a_plan_of_what_makes_no_sense_is_a_wrong_command(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["plan", "--samples", "1e9", *EXAMPLES, *flags])
+    assert ended.value.code == EXIT_USAGE and says in capsys.readouterr().err

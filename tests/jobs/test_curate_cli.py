@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from curation.data.lease import Lease
+from curation.data.pieces import Pieces
+from curation.data.shard_list import Shard
+from curation.distributed.pipeline import Plan
+from curation.recipe import CurateRecipe
+from curation.recipe.guards import Exclude
 from jobs import curate as job
 
 
@@ -52,6 +57,22 @@ def test_dry_run_tells_what_is_always_left_out_and_which_columns_are_made(
         "select balance url_domain: cap 3",
     ):
         assert line in said
+
+
+def test_no_line_of_a_plan_tells_a_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_SECRET", "0123456789abcdef")
+    recipe = CurateRecipe(
+        exclude=(Exclude(name="opt-out", files="https://h/list.txt?sig=5ecret", by="url"),),
+        output="s3://0123456789abcdef",
+    )
+    todo = [
+        Shard(0, "https://h/a.tar?X-Amz-Date=20261122&X-Amz-Signature=5ecret", ""),
+        Shard(1, "s3://a:5ecret@h", ""),
+    ]
+    job.print_plan(recipe, Plan([], todo, todo, Pieces()))
+    said = capsys.readouterr().out
+    assert "5ecret" not in said and "0123456789abcdef" not in said
+    assert "https://h/a.tar?X-Amz-Date=20261122&X-Amz-Signature=***\n" in said and "https://h/list.txt?sig=***" in said
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation.distributed import logs
@@ -40,6 +43,20 @@ def test_json_lines_carry_the_run_the_facts_and_an_error(
     assert (first["level"], first["logger"]) == ("info", "curation.job") and first["time"].endswith("Z")
     assert (second["level"], second["logger"]) == ("error", "curation.data.remote")
     assert second["message"] == "asked\nagain" and "OSError: no route" in second["error"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_a_json_line_is_json_even_where_a_figure_is_not_finite(
+    capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    logs.configure(as_json=True)
+    log.say("loss", loss=value, steps=[{"loss": value, 3: (1.5, value)}], learning_rate=1e-3, output=Path("a"))
+    told = json.loads(capsys.readouterr().err, parse_constant=refuse)
+    assert told["loss"] is None and told["steps"] == [{"loss": None, "3": [1.5, None]}]
+    assert (told["learning_rate"], told["output"]) == (1e-3, "a")
 
 
 def test_a_runs_id_is_what_is_given_else_the_submissions_else_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
