@@ -30,9 +30,10 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.data.lease import Lease
 from curation.data.pool_rows import read_pixels, read_pool
-from curation.distributed.arms import Told, choose, columns_of, overlap, shared_features, with_straw_men
+from curation.distributed.arms import Told, choose, columns_of, overlap, with_straw_men
 from curation.distributed.diffusion_loop import Unit, diffusion_loop, is_done, load_array, save_array, unit_url
 from curation.distributed.resources import cluster
+from curation.distributed.shared_networks import shared_networks
 from curation.distributed.subset_study import checked_run
 from curation.distributed.train import REPORT_POLL_S, TrainFailed, cause_of
 from curation.evaluation.compare import MAX_WIDTH, Reference
@@ -95,7 +96,7 @@ def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, war
         held = {unit.arm: overlap(pool, _rows_of(recipe, unit, pool), pool) for unit in units}
         network = recipe.network
         measured_by = frozenset({frozen_digest(network.library, network.model, **network.source())})
-        warnings = shared_features(recipe.run, selected_on=recipe.selected_on, measured_by=measured_by)
+        warnings = shared_networks(recipe.run, arms, selected_on=recipe.selected_on, measured_by=measured_by)
         told(held, warnings)
         # The longest first, so that no worker is left with a long one at the end.
         todo = sorted((unit for unit in units if not is_done(recipe.output, unit)), key=lambda unit: -unit.steps)

@@ -26,7 +26,7 @@ from curation.data import manifest, storage, tables
 from curation.data.held_out import held_by_pool
 from curation.data.pool_rows import embedded_shards, read_pool, selected_uids
 from curation.data.row_tests import InPart
-from curation.distributed.arms import networks_of
+from curation.distributed.shared_networks import networks_of
 from curation.distributed.subset_study import checked_run
 from curation.evaluation.linear_probe import fit_probe, probe_accuracy
 from curation.evaluation.retrieval import retrieval_recall

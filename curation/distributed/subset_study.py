@@ -18,16 +18,9 @@ import torch
 from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage, tables
 from curation.data.pool_rows import read_pool
-from curation.distributed.arms import (
-    Told,
-    choose,
-    columns_of,
-    networks_of,
-    overlap,
-    shared_features,
-    with_straw_men,
-)
+from curation.distributed.arms import Told, choose, columns_of, overlap, with_straw_men
 from curation.distributed.embed import STAGE as EMBED_STAGE
+from curation.distributed.shared_networks import networks_of, shared_networks
 from curation.evaluation.compare import Reference
 from curation.recipe.evaluate import SubsetRecipe
 
@@ -59,7 +52,8 @@ def judge_subsets(recipe: SubsetRecipe, *, told: Told = lambda overlap, warnings
     features = torch.from_numpy(tables.as_array(pool[recipe.features], name=recipe.features).astype(np.float32))
     reference = Reference(features, max_width=recipe.max_width)
     figures: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
-    warnings = shared_features(run, selected_on=recipe.selected_on, measured_by=networks_of(run, recipe.features))
+    measured_by = networks_of(run, recipe.features)
+    warnings = shared_networks(run, arms, selected_on=recipe.selected_on, measured_by=measured_by)
     held: dict[str, dict[str, int]] = {}
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         rows = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from curation.data import tables
+from curation.data import manifest, tables
 from curation.data.manifest import OtherRun
 from curation.data.pool_rows import middle_square, read_pixels, read_pool, selected_uids
 from curation.data.read_rules import ReadRules
 from curation.distributed import diffusion_loop
-from curation.distributed.arms import choose, networks_of, overlap
+from curation.distributed.arms import choose, columns_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
 from curation.distributed.diffusion_study import study_diffusion
+from curation.distributed.shared_networks import networks_of, shared_networks
 from curation.evaluation.retrieval import retrieval_recall
 from curation.models.frozen import load_frozen
 from curation.rating.study import open_study
@@ -67,7 +69,8 @@ def test_subsets_are_judged_and_say_first_what_they_hold_of_what_they_are_measur
     assert evaluate.main([*arguments, "--arms", "random", "coreset", "typicality", "everything=full"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("random: the selection holds 60 of the 236 images that it is measured against (25.4%")
-    assert "WARNING: methods select on 'image_embedding' and are measured with the network that made it" in told
+    assert "WARNING: coreset, typicality: selected on 'image_embedding' and measured with the network" in told
+    assert "WARNING: match: selected on 'clip_score' and measured with the network that made it" in told
     study = json.loads((tmp_path / "subset.json").read_text())
     assert study["arms"].keys() == {"random", "coreset", "typicality", "everything", "match"}
     assert [note.partition(":")[0] for note in study["notes"]] == ["no arm clarity", "no arm aesthetic"]
@@ -171,8 +174,49 @@ def test_an_arm_is_a_method_a_run_or_a_file_and_what_it_lacks_is_told(curated: P
 
 
 def test_a_column_of_the_same_network_is_known_to_share_its_features(curated: Path) -> None:
-    assert networks_of(str(curated), "image_embedding") & networks_of(str(curated), "image_embedding")
+    assert networks_of(str(curated), "image_embedding") == networks_of(str(curated), "clip_score") != frozenset()
     assert not networks_of(str(curated), "no_such_column")
+
+
+def test_each_arm_is_asked_what_it_was_selected_on_whatever_the_methods_select_on(
+    curated: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(curated, run)
+    made = {"aesthetic": {"head": "x", "column": "image_embedding"}, "other": {"weights": "another network"}}
+    made["percentile"] = {"of": "aesthetic.score"}
+    for piece, made_by in made.items():
+        manifest.commit(str(run), tables.piece_stage(piece), 0, {"shard": 0}, made_by=made_by)
+    (tmp_path / "uids.parquet").write_bytes(b"")
+    sources = ["random", "full", "coreset", "match", "aesthetic", "alchemist", f"uids={tmp_path}/uids.parquet"]
+    arms = [parse_arm(arm) for arm in [*sources, f"run={curated}", f"file={curated}/selection/subset.npy"]]
+    network = networks_of(str(run), "image_embedding")
+    told = shared_networks(str(run), arms, selected_on="other", measured_by=network)
+    assert [warning.partition(" and measured")[0] for warning in told] == [
+        "match, run, file: selected on 'clip_score'",
+        "aesthetic: selected on 'aesthetic.score'",
+    ]
+    told = shared_networks(str(run), arms, selected_on="other", measured_by=frozenset({"another network"}))
+    assert [warning.partition(":")[0] for warning in told] == ["coreset"]
+    percentile = [parse_arm("alchemist")]
+    manifest.commit(str(run), "columns.rating_percentile", 0, {"shard": 0}, made_by={"of": "percentile"})
+    told = shared_networks(str(run), percentile, selected_on="other", measured_by=network)
+    assert told[0].startswith("alchemist: selected on 'rating_percentile'")
+
+
+def test_only_methods_that_compare_vectors_are_given_the_studys_column(curated: Path) -> None:
+    arms = {name: parse_arm(name) for name in ("coreset", "typicality", "semantic_dedup")}
+    assert all("other" in columns_of([arm], selected_on="other") for arm in arms.values())
+    own = {"clip_score": "clip_score", "alchemist": "rating_percentile", "exact_duplicates": "sha256"}
+    for name, column in own.items():
+        needed = columns_of([parse_arm(name)], selected_on="other")
+        assert column in needed and "other" not in needed
+    pool = read_pool(str(curated), ["uid", "image_embedding", "clip_score"])
+    pool = pool.append_column("rating_percentile", pa.array(np.linspace(0, 1, len(pool))))
+    best = set(np.argsort(pool["clip_score"].to_numpy())[-30:].tolist())
+    rules = {"keep": 30, "selected_on": "image_embedding", "seed": 0, "cut_full": False}
+    assert set(choose(parse_arm("clip_score"), pool, **rules).tolist()) == best
+    assert len(choose(parse_arm("alchemist"), pool, **rules)) == 30
 
 
 @pytest.mark.parametrize(
