@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from curation.recipe.columns import Network
-from curation.recipe.parts import Part, Weights, WholeRecipe
+from curation.recipe.parts import Part, Weights, WholeRecipe, checked_templates
 from curation.training.diffusion import DiffusionSpec
 
 _ARM = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(=(?P<source>[^@]+))?(@(?P<steps>[1-9]\d*))?")
@@ -120,6 +120,8 @@ class HeldOutRecipe(WholeRecipe):
     output: str = ""
     """Folder or URL of the figures."""
     seed: int = Field(default=0, ge=0)
+
+    _templates_hold_a_name = field_validator("templates")(checked_templates)
 
     @model_validator(mode="after")
     def _measures_something(self) -> Self:

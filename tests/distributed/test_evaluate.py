@@ -28,7 +28,8 @@ from curation.evaluation.retrieval import retrieval_recall
 from curation.models.frozen import load_frozen
 from curation.rating.study import open_study
 from curation.recipe.columns import Network
-from curation.recipe.evaluate import DiffusionRecipe, Generator, SubsetRecipe, parse_arm
+from curation.recipe.evaluate import DiffusionRecipe, Generator, HeldOutRecipe, SubsetRecipe, parse_arm
+from curation.recipe.train_parts import Evaluate
 from jobs import evaluate
 
 NET = Network(model="nano", seed=3)
@@ -287,14 +288,38 @@ def test_what_cannot_be_measured_on_held_out_samples_is_refused(
     [
         (["--label", "None"], "label: without pairs only probes are left"),
         (["--captions", "json.captions"], "captions and embeddings are for pairs"),
+        (["--templates", "a {name}"], "templates must hold {} once"),
     ],
 )
-def test_what_needs_pairs_is_refused_without_them(
+def test_fields_that_do_not_fit_together_are_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["held-out", "images", *arguments, "--run", "run", "--output", "out"])
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_labels_that_are_numbers_in_one_shard_and_words_in_another_are_words(curated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(curated, run)
+    for number in range(6):
+        table = tables.read(str(run), number)
+        classes = [row % 2 if number % 2 else "dog" for row in range(len(table))]
+        tables.write(str(run), number, table.append_column("json.class", pa.array(classes)))
+    pool = read_pool(str(run), ["uid", "json.class"])
+    assert len(pool) == 236 and set(pool["json.class"].to_pylist()) == {"0", "1", "dog"}
+    arguments = ["held-out", "images", "--run", str(run), "--label", "json.class", "--output", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 0
+
+
+@pytest.mark.parametrize("template", ["a photo", "a {name}", "{} or {}", "a {", "a {!r}", "a {:d}", "a {0}"])
+def test_a_template_has_one_place_for_the_name_of_a_class(template: str) -> None:
+    for recipe in (HeldOutRecipe, Evaluate):
+        with pytest.raises(ValueError, match="templates must hold {} once, where a class's name goes"):
+            recipe(templates=("a {}", template))
+        assert recipe(templates=("a {{}} {}", "{}")).templates[1].format("cat") == "cat"
+        with pytest.raises(ValueError, match="templates must be one or more"):
+            recipe(templates=())
 
 
 @pytest.mark.parametrize("kind", ["subset", "diffusion"])
