@@ -145,7 +145,8 @@ def _plan(
         found = _types(run, number)
         types |= {name: dtype for name, dtype in found.items() if name not in types or not pa.types.is_null(dtype)}
     ranked = ranking(steps)
-    first = [name for name in ("clip_score", ranked and ranked.column, *wanted) if _is_number(types.get(name or ""))]
+    asked = ["clip_score", *([ranked.column] if ranked else []), *wanted]
+    first = [name for name in asked if name in types and _is_number(types[name])]
     others = sorted(name for name, dtype in types.items() if _is_score(name, dtype))
     others.sort(key=lambda name: (name.startswith(JSON_PREFIX), pa.types.is_integer(types[name])))
     all_scores = list(dict.fromkeys([*first, *others]))
@@ -164,8 +165,8 @@ def _plan(
     )
 
 
-def _is_number(dtype: pa.DataType | None) -> bool:
-    return dtype is not None and (pa.types.is_floating(dtype) or pa.types.is_integer(dtype))
+def _is_number(dtype: pa.DataType) -> bool:
+    return pa.types.is_floating(dtype) or pa.types.is_integer(dtype)
 
 
 def _is_score(name: str, dtype: pa.DataType) -> bool:
