@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from curation.distributed.arms import choose, columns_of, overlap
 from curation.distributed.diffusion_loop import Unit, load_array, run_unit, save_array, unit_url
 from curation.distributed.diffusion_study import study_diffusion
 from curation.distributed.shared_networks import networks_of, shared_networks
+from curation.distributed.stopping import Interrupted, Stop
+from curation.evaluation.compare import Reference
 from curation.evaluation.retrieval import retrieval_recall
 from curation.models.frozen import load_frozen
 from curation.rating.study import open_study
@@ -81,6 +85,71 @@ def test_subsets_are_judged_and_say_first_what_they_hold_of_what_they_are_measur
     assert study["arms"]["coreset"]["distance"] != study["arms"]["random"]["distance"]
 
 
+def test_a_study_that_is_stopped_ends_after_an_arm_and_the_same_command_goes_on_to_the_same_figures(
+    curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["subset", "debug", "--run", str(curated), "--keep", "60", "--seeds", "2", "--no-straw-men"]
+    arguments += ["--arms", "random", "coreset", "--output"]
+    stopped = [*arguments, str(tmp_path / "stopped"), "--max-hours", "1e-9"]
+    assert [evaluate.main(stopped) for _ in range(4)] == [4, 4, 4, 0]
+    assert "stopped: --max-hours 1e-09 are over" in capsys.readouterr().err
+    assert evaluate.main([*arguments, str(tmp_path / "whole")]) == 0
+    whole, parts = (json.loads((tmp_path / name / "subset.json").read_text()) for name in ("whole", "stopped"))
+    assert whole == parts
+    capsys.readouterr()
+    assert evaluate.main([*stopped, "--keep", "61"]) == 4  # other rows: nothing of the former ones is taken
+    assert (evaluate.main([*stopped]), evaluate.main([*stopped, "--infinity"])) == (0, 4)
+
+    labelled = ["held-out", "images", "--run", str(curated), "--label", "shard", "--output", str(tmp_path / "held-out")]
+    assert evaluate.main([*labelled, "--max-hours", "1e-9"]) == 4
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(diffusion(curated, tmp_path / "diffusion").model_dump_json())
+    assert evaluate.main(["diffusion", str(recipe), "--max-hours", "1e-9"]) == 4
+    assert not list(tmp_path.glob("diffusion/units/*/done.json"))
+
+
+def test_the_distance_of_endless_rows_is_told_where_it_is_asked_for(
+    curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["subset", "debug", "--run", str(curated), "--output", str(tmp_path), "--keep", "60", "--seeds", "1"]
+    assert evaluate.main([*arguments, "--arms", "random", "--no-straw-men", "--infinity"]) == 0
+    assert "distance_infinity" in capsys.readouterr().out
+    told = json.loads((tmp_path / "subset.json").read_text())["arms"]["random"]
+    pool = read_pool(str(curated), ["uid", "sha256", "image_embedding"])
+    features = torch.from_numpy(tables.as_array(pool["image_embedding"], name="x").astype(np.float32))
+    rows = choose(parse_arm("random"), pool, keep=60, selected_on="", seed=0, cut_full=True)
+    reference = Reference(features)
+    assert told["distance_infinity"] == [reference.distance_infinity(features[rows], seed=0)]
+    assert told["distance_infinity"] != told["distance"] == [reference.distance(features[rows])]
+    with pytest.raises(ValueError, match="infinity needs keep of at least 28, got 27"):
+        SubsetRecipe(keep=27, infinity=True)
+    with pytest.raises(ValueError, match="infinity needs samples of at least 28, got 27"):
+        DiffusionRecipe(keep=27, samples=27, infinity=True)
+
+
+@pytest.mark.slow
+def test_models_that_are_in_training_when_a_study_is_stopped_save_their_states(
+    ray_session: None, curated: Path, tmp_path: Path
+) -> None:
+    recipe, stop = diffusion(curated, tmp_path, workers=1), Stop()
+    recipe = recipe.model_copy(update={"steps": 10**9, "checkpoint_every": 10**9})
+    watched = threading.Thread(target=ask_once_there, args=(stop, tmp_path / "features.npy"))
+    watched.start()
+    with pytest.raises(Interrupted, match="enough"):
+        study_diffusion(recipe, stop=stop)
+    watched.join()
+    states = list(tmp_path.glob("units/*/state.pt"))
+    assert len(states) == 1 and 0 < torch.load(states[0], weights_only=True)["step"] < 10**9
+    assert not list(tmp_path.glob("units/*/done.json")) and not (tmp_path / "diffusion.json").exists()
+
+
+def ask_once_there(stop: Stop, path: Path) -> None:
+    """Ask for the end of a run as soon as it has written a file."""
+    while not path.exists():
+        time.sleep(0.05)
+    stop.ask("enough")
+
+
 @pytest.mark.slow
 def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_side(
     ray_session: None, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -115,12 +184,12 @@ def test_a_diffusion_study_trains_a_model_for_each_arm_and_shows_them_side_by_si
         study_diffusion(recipe.model_copy(update={"arms": ("coreset=full",)}))
 
 
-def test_a_model_whose_training_was_killed_goes_on_from_its_checkpoint(
+def test_a_model_whose_training_was_killed_or_stopped_goes_on_from_its_checkpoint(
     curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = torch.from_numpy(read_pixels(str(curated), side=8, rules=ReadRules(), max_pixels=10**6))
     judge = load_frozen("open_clip", "nano", seed=3)
-    for name in ("whole", "killed"):
+    for name in ("whole", "killed", "stopped"):
         save_array(unit_url(str(tmp_path / name), Unit("a", 0, 4), "rows.npy"), np.arange(20))
     run_unit(diffusion(curated, tmp_path / "whole"), Unit("a", 0, 4), images, judge, device="cpu")
 
@@ -141,8 +210,16 @@ def test_a_model_whose_training_was_killed_goes_on_from_its_checkpoint(
     steps = -10
     run_unit(recipe, Unit("a", 0, 4), images, judge, device="cpu")
     assert steps == -8  # two steps, from the checkpoint after the second
-    samples = [(tmp_path / name / "units" / "a-0" / "samples.npy").read_bytes() for name in ("whole", "killed")]
-    assert samples[0] == samples[1]
+
+    recipe, asked = diffusion(curated, tmp_path / "stopped"), iter([False, False, True])
+    run_unit(recipe, Unit("a", 0, 4), images, judge, device="cpu", is_to_end=lambda: next(asked))
+    assert not (tmp_path / "stopped" / "units" / "a-0" / "done.json").exists()
+    steps = -10
+    run_unit(recipe, Unit("a", 0, 4), images, judge, device="cpu")
+    assert steps == -9  # one step, from the state that was saved when the end was asked for
+    names = ("whole", "killed", "stopped")
+    whole, *others = [(tmp_path / name / "units" / "a-0" / "samples.npy").read_bytes() for name in names]
+    assert others == [whole, whole]
 
 
 def test_pixels_are_the_middle_squares_in_the_order_of_the_table(curated: Path) -> None:
