@@ -4,20 +4,22 @@ A SEED is RUN, or RUN+TRAINING+...: a run of `jobs.curate` with its scores, and 
 ledgers hold what their methods scored last. Prints Spearman's rank correlation of every pair, the mean over the seeds
 with its 95% t interval, and writes it as JSON.
 
-Exit code 0: it is done. 2: a seed is none, or there are not two scores that all of them have.
+Exit code 0: it is done. 1: a file cannot be read or written. 2: a seed is none or names a run of another, or there are
+not two scores that all of them have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import Any
 
 from curation.data import storage
 from curation.report.agreement import Agreement, agreement
 from jobs.benchmarks.pairs import provenance
-from jobs.command import EXIT_OK, EXIT_USAGE
+from jobs.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,13 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     known = parser.parse_args(arguments)
     try:
         found = agreement(known.seeds, only=known.scores, typicality=known.typicality)
+        for line in lines(found):
+            print(line)
+        if known.json:
+            storage.write_bytes(known.json, (json.dumps(figures(found), indent=1, allow_nan=False) + "\n").encode())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    for line in lines(found):
-        print(line)
-    if known.json:
-        storage.write_bytes(known.json, (json.dumps(figures(found), indent=1) + "\n").encode())
+    except OSError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_OK
 
 
@@ -59,19 +64,29 @@ def lines(found: Agreement) -> list[str]:
     for cell, one, other in sorted(pairs, key=lambda pair: -abs(pair[0].mean)):
         half = "" if cell.half_width is None else f" ± {cell.half_width:.3f}"
         said.append(f"  {cell.mean:+.3f}{half:<10}  {one} and {other}")
-    return said + ([f"not in every seed: {', '.join(found.left_out)}"] if found.left_out else [])
+    constant = [name for place, name in enumerate(found.scores) if found.pairs[place][place] is None]
+    told = {
+        "no correlation, constant or without values in a seed": constant,
+        "not in every seed": found.left_out,
+        f"{len(found.unread)} more scores were not looked at, name them with --scores": found.unread,
+    }
+    return said + [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
 
 
 def figures(found: Agreement) -> dict[str, Any]:
-    """What the JSON holds."""
+    """What the JSON holds; null where there is no correlation."""
     return {
         **provenance(),
         "study": "correlation",
         "scores": found.scores,
         "seeds": len(found.matrices),
         "spearman": [[cell and cell._asdict() for cell in row] for row in found.pairs],
-        "by_seed": [[[round(value, 6) for value in row] for row in matrix.tolist()] for matrix in found.matrices],
+        "by_seed": [
+            [[round(value, 6) if math.isfinite(value) else None for value in row] for row in matrix.tolist()]
+            for matrix in found.matrices
+        ],
         "left_out": found.left_out,
+        "unread": found.unread,
     }
 
 

@@ -32,6 +32,7 @@ from jobs.recipes import DIFFUSION, HELD_OUT, SUBSET
 REAL = "real images of the pool"
 LEGEND = {
     "distance": "squared Fréchet distance of the samples to the pool; 0 is best",
+    "distance_infinity": "the same of an endless number of such samples, read off a line through 15 sizes",
     "precision": "share of the samples that lie where the pool does",
     "recall": "share of the pool that the samples reach",
     "density": "how crowded the samples are where the pool is; may exceed 1",
@@ -89,7 +90,7 @@ def _check(recipe: Judged) -> None:
 
 
 def _judge_subsets(recipe: SubsetRecipe, stop: Stop) -> int:
-    study = judge_subsets(recipe, told=_say)
+    study = judge_subsets(recipe, told=_say, stop=stop)
     print(f"features {study.features}, {study.rows:,} rows an arm, mean and deviation over {recipe.seeds} seeds")
     _print(table_of(study.arms))
     print("\n".join(study.notes))
@@ -101,7 +102,7 @@ def _check_held_out(recipe: HeldOutRecipe) -> None:
 
 
 def _judge_held_out(recipe: HeldOutRecipe, stop: Stop) -> int:
-    study = judge_held_out(recipe, told=_say_held_out)
+    study = judge_held_out(recipe, told=_say_held_out, stop=stop)
     for note in study.notes:
         print(note)
     if study.without_value:
@@ -120,7 +121,7 @@ def _say_held_out(overlap: Mapping[str, int]) -> None:
 
 
 def _study_diffusion(recipe: DiffusionRecipe, stop: Stop) -> int:
-    study = study_diffusion(recipe, told=_say)
+    study = study_diffusion(recipe, told=_say, stop=stop)
     note = f"features {study.features}; {study.samples:,} samples a model; mean and deviation over {recipe.seeds} seeds"
     print(note)
     table = table_of(study.arms)

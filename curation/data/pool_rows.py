@@ -25,15 +25,18 @@ ROWS_AT_A_TIME = 512
 
 
 def read_pool(run: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of all rows that were embedded, in order of address. ValueError if there is none."""
+    """Columns of all rows that were embedded, in order of address. ValueError if there is no such row.
+
+    Where shards disagree on the type of one of the pool's own fields, it is settled as `tables.unify` does.
+    """
     parts = []
     for shard in embedded_shards(run):
         table = tables.read(run, shard.number, list(dict.fromkeys([*columns, "status"])))
         parts.append(table.filter(pc.field("status") == "ok").select(list(columns)))
-    whole = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
-    if not len(whole):
+    if not any(map(len, parts)):
         raise ValueError(f"run: {run} holds no embedded sample")
-    return whole
+    schema = tables.unify(part.schema for part in parts)
+    return pa.concat_tables([tables.conform(part, schema) for part in parts])
 
 
 def read_pixels(run: str, *, side: int, rules: ReadRules, max_pixels: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The arms of a study: which rows of a pool each selection holds, on which features, and what it shares with them.
+"""The arms of a study: which rows of a pool each selection holds, and how many of those it is measured against.
 
 N rows of the pool, k rows of an arm.
 """
@@ -12,16 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from curation.data import manifest, storage, tables
+from curation.data import manifest, tables
 from curation.data.pool_rows import selected_uids
 from curation.methods import load_selector, selector_names
-from curation.models.frozen import frozen_digest
-from curation.models.registry import weights_digest
 from curation.numerics import sampling
-from curation.recipe.curate import Embed
 from curation.recipe.evaluate import STRAW_MEN, Arm, Judged
-from curation.recipe.parts import WeightsSource
-from curation.selector import Rows
+from curation.selector import BucketSelector, Rows
 
 EVERYTHING = "full"
 J = TypeVar("J", bound=Judged)
@@ -48,8 +44,8 @@ def columns_of(arms: Sequence[Arm], *, selected_on: str) -> list[str]:
     """The columns that the arms' methods need, with the uid and the content's hash."""
     needs = {"uid", "sha256"}
     for arm in arms:
-        if _is_method(arm):
-            needs |= _selector(arm, selected_on).needs
+        if is_method(arm):
+            needs |= selector_of(arm, selected_on).needs
     return sorted(needs)
 
 
@@ -61,8 +57,8 @@ def choose(arm: Arm, pool: pa.Table, *, keep: int, selected_on: str, seed: int, 
     """
     if arm.source == EVERYTHING:
         return _cut(np.arange(len(pool)), keep=keep, seed=seed) if cut_full else np.arange(len(pool))
-    if _is_method(arm):
-        selector = _selector(arm, selected_on)
+    if is_method(arm):
+        selector = selector_of(arm, selected_on)
         chosen = selector.select(_rows(pool, selector.needs), keep, 0.0, torch.Generator().manual_seed(seed))
         return np.sort(chosen.indices.numpy())
     places = {uid: place for place, uid in enumerate(pool["uid"].to_pylist())}
@@ -81,38 +77,21 @@ def overlap(evaluated: pa.Table, rows: np.ndarray, pool: pa.Table) -> dict[str, 
     return {"evaluated": len(evaluated), "held_by_the_selection": inside}
 
 
-def shared_features(run: str, *, selected_on: str, measured_by: frozenset[str]) -> list[str]:
-    """A warning if selections are measured with the network, named as `networks_of` does, that they were made on."""
-    if not networks_of(run, selected_on) & measured_by:
-        return []
-    return [
-        f"methods select on {selected_on!r} and are measured with the network that made it: that flatters what was "
-        "selected on it"
-    ]
-
-
-def networks_of(run: str, column: str) -> frozenset[str]:
-    """Digests of the network that made a column of vectors, weights included; each kind of column has its own form."""
-    if column == "image_embedding":
-        embed = Embed.model_validate(manifest.read(storage.join(run, "recipe.json"))["recipe"]["embed"])
-        if embed.cached:
-            return frozenset({embed.cached})
-        source: WeightsSource = {"pretrained": embed.pretrained, "checkpoint": embed.checkpoint, "seed": embed.seed}
-        return frozenset({frozen_digest("open_clip", embed.model, **source), weights_digest(embed.model, **source)})
-    pieces = manifest.committed(run, tables.piece_stage(tables.piece_of(column)))
-    return frozenset(str(record["made_by"]["weights"]) for record in pieces.values())
-
-
-def _is_method(arm: Arm) -> bool:
+def is_method(arm: Arm) -> bool:
+    """True if the arm is what a method or a straw man keeps, False if its rows are there already."""
     return arm.source in STRAW_MEN or arm.source in selector_names()
 
 
-def _selector(arm: Arm, selected_on: str) -> Any:
-    """The arm's method, on the column that the study selects on if it has a field for it; a straw man has its own."""
+def selector_of(arm: Arm, selected_on: str) -> Any:
+    """The arm's method, which sees the study's column if it compares vectors.
+
+    A column of another kind, such as a percentile, is the method's own, and so is a straw man's.
+    """
     if arm.source in STRAW_MEN:
         return load_selector("clip_score", column=STRAW_MEN[arm.source])
     selector = load_selector(arm.source)
-    return load_selector(arm.source, column=selected_on) if hasattr(selector, "column") else selector
+    compares_vectors = isinstance(selector, BucketSelector) and selector.bucket_by == "clusters"
+    return load_selector(arm.source, column=selected_on) if compares_vectors else selector
 
 
 def _rows(pool: pa.Table, needs: frozenset[str]) -> Rows:

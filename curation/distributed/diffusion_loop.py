@@ -2,13 +2,15 @@
 
 A unit is an arm at a seed. Its folder holds `state.pt` while it trains, then `samples.npy` and `features.npy`, and
 `done.json`, written last, is its commit: a unit that has it is not begun again, and one that has a state goes on from
-there. Workers share nothing, so any number of them makes the same models, for equal device type and threads.
+there; so does one that was asked to end. Workers share nothing, so any number of them makes the same models, for equal
+device type and threads.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 
 from curation.data import storage
+from curation.distributed.notices import EndNote
 from curation.models.frozen import Frozen, load_frozen
 from curation.recipe.evaluate import DiffusionRecipe
 from curation.training.diffusion import Diffusion
@@ -62,12 +65,26 @@ def diffusion_loop(config: dict[str, Any]) -> None:
     images = torch.from_numpy(load_array(storage.join(recipe.output, "images.npy")))
     if context.get_world_rank() == 0 and not storage.exists(storage.join(recipe.output, "features.npy")):
         save_array(storage.join(recipe.output, "features.npy"), embedded(judge, images.numpy()))
+    is_to_end = EndNote(recipe.output)
     for unit in units[context.get_world_rank() :: context.get_world_size()]:
-        run_unit(recipe, unit, images, judge, device=device)
+        run_unit(recipe, unit, images, judge, device=device, is_to_end=is_to_end)
+        if is_to_end():
+            return
 
 
-def run_unit(recipe: DiffusionRecipe, unit: Unit, images: torch.Tensor, judge: Frozen, *, device: str) -> None:
-    """Train what is left of a unit, sample, embed the samples, commit; nothing if it is committed."""
+def run_unit(
+    recipe: DiffusionRecipe,
+    unit: Unit,
+    images: torch.Tensor,
+    judge: Frozen,
+    *,
+    device: str,
+    is_to_end: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train what is left of a unit, sample, embed the samples, commit; nothing if it is committed.
+
+    Where `is_to_end` while it trains, it is left with its state, to be gone on with.
+    """
     if is_done(recipe.output, unit):
         return
     rows = torch.from_numpy(load_array(unit_url(recipe.output, unit, "rows.npy")))
@@ -78,9 +95,12 @@ def run_unit(recipe: DiffusionRecipe, unit: Unit, images: torch.Tensor, judge: F
     losses = []
     while model.step < unit.steps:
         losses.append(model.train_step(images[rows]))
-        if model.step % recipe.checkpoint_every == 0 or model.step == unit.steps:
+        ends = is_to_end()
+        if ends or model.step % recipe.checkpoint_every == 0 or model.step == unit.steps:
             with storage.write_atomic(state) as file:
                 torch.save(model.state_dict(), file)
+        if ends:
+            return
     samples = model.sample(recipe.samples, seed=unit.seed, batch_size=recipe.sample_batch).numpy()
     save_array(unit_url(recipe.output, unit, "samples.npy"), samples)
     save_array(unit_url(recipe.output, unit, "features.npy"), embedded(judge, samples))

@@ -30,9 +30,12 @@ from curation.columns import FORMAT_VERSION
 from curation.data import manifest, storage
 from curation.data.lease import Lease
 from curation.data.pool_rows import read_pixels, read_pool
-from curation.distributed.arms import Told, choose, columns_of, overlap, shared_features, with_straw_men
+from curation.distributed.arms import Told, choose, columns_of, overlap, with_straw_men
 from curation.distributed.diffusion_loop import Unit, diffusion_loop, is_done, load_array, save_array, unit_url
+from curation.distributed.notices import note_url, passed_on
 from curation.distributed.resources import cluster
+from curation.distributed.shared_networks import shared_networks
+from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run
 from curation.distributed.train import REPORT_POLL_S, TrainFailed, cause_of
 from curation.evaluation.compare import MAX_WIDTH, Reference
@@ -54,6 +57,7 @@ NOT_THE_STUDY = {
     "output",
     "run",
     "checkpoint_every",
+    "infinity",
     "sample_batch",
 }
 """Fields that may change from one start to the next: they add models, or do not change them."""
@@ -73,11 +77,15 @@ class DiffusionStudy:
     format_version: int = FORMAT_VERSION
 
 
-def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, warnings: None) -> DiffusionStudy:
+def study_diffusion(
+    recipe: DiffusionRecipe, *, told: Told = lambda overlap, warnings: None, stop: Stop | None = None
+) -> DiffusionStudy:
     """Run what is not done yet and measure all; what the selections share with the evaluation is `told` first.
 
-    ValueError or OtherRun if it cannot run, TrainFailed if it stops.
+    ValueError or OtherRun if it cannot run, TrainFailed if it fails, Interrupted if it is asked to stop while models
+    are left: those in training save their states first.
     """
+    stop = stop or Stop()
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
     recipe = recipe.model_copy(update={"run": checked_run(recipe.run), "output": storage.absolute(recipe.output)})
@@ -95,12 +103,13 @@ def study_diffusion(recipe: DiffusionRecipe, *, told: Told = lambda overlap, war
         held = {unit.arm: overlap(pool, _rows_of(recipe, unit, pool), pool) for unit in units}
         network = recipe.network
         measured_by = frozenset({frozen_digest(network.library, network.model, **network.source())})
-        warnings = shared_features(recipe.run, selected_on=recipe.selected_on, measured_by=measured_by)
+        warnings = shared_networks(recipe.run, arms, selected_on=recipe.selected_on, measured_by=measured_by)
         told(held, warnings)
         # The longest first, so that no worker is left with a long one at the end.
         todo = sorted((unit for unit in units if not is_done(recipe.output, unit)), key=lambda unit: -unit.steps)
         if todo or not storage.exists(storage.join(recipe.output, "features.npy")):
-            _train(recipe, todo)
+            stop.check()
+            _train(recipe, todo, stop)
         study = _measured(recipe, units, held, warnings=warnings, notes=notes)
         storage.write_bytes(
             storage.join(recipe.output, "diffusion.json"), json.dumps(dataclasses.asdict(study), indent=1).encode()
@@ -162,11 +171,13 @@ def _rows_of(recipe: DiffusionRecipe, unit: Unit, pool: pa.Table) -> np.ndarray:
     return load_array(url)
 
 
-def _train(recipe: DiffusionRecipe, units: list[Unit]) -> None:
-    """Ray Train workers, side by side, until every unit is committed. TrainFailed if they give up."""
+def _train(recipe: DiffusionRecipe, units: list[Unit], stop: Stop) -> None:
+    """Ray Train workers, side by side, until every unit is committed. TrainFailed if they give up, Interrupted if they
+    are asked to end before."""
+    storage.delete(note_url(recipe.output))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_POLL_S)
     workers = max(1, min(recipe.workers, len(units)))
-    with cluster(num_cpus=workers):
+    with cluster(num_cpus=workers), stop.on_sigterm(interrupts=False):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         device = recipe.device if recipe.device != "auto" else ("cuda" if gpus else "cpu")
         if device == "cuda" and gpus < workers:
@@ -184,10 +195,12 @@ def _train(recipe: DiffusionRecipe, units: list[Unit]) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with passed_on(stop, recipe.output):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainFailed(cause_of(error)) from error
     if left := [unit.name for unit in units if not is_done(recipe.output, unit)]:
+        stop.check()
         raise TrainFailed(f"{len(left)} models were not finished, {left[0]} for one")
 
 
@@ -214,6 +227,8 @@ def _measured(
     told: list[dict[str, Any]] = []
     for unit in units:
         figure = _of_one(unit, samples[unit], trained_on[unit], reference, control=control, keep=recipe.keep)
+        if recipe.infinity:
+            figure["distance_infinity"] = reference.distance_infinity(samples[unit], seed=unit.seed)
         if num_fresh >= 2:
             figure["distance_unmemorised"] = reference.distance(fresh[unit][:num_fresh])
         told.append({**dataclasses.asdict(unit), "unmemorised_samples": len(fresh[unit]), **figure})

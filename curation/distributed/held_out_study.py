@@ -26,7 +26,8 @@ from curation.data import manifest, storage, tables
 from curation.data.held_out import held_by_pool
 from curation.data.pool_rows import embedded_shards, read_pool, selected_uids
 from curation.data.row_tests import InPart
-from curation.distributed.arms import networks_of
+from curation.distributed.shared_networks import networks_of
+from curation.distributed.stopping import Stop
 from curation.distributed.subset_study import checked_run
 from curation.evaluation.linear_probe import fit_probe, probe_accuracy
 from curation.evaluation.retrieval import retrieval_recall
@@ -56,8 +57,10 @@ class HeldOutStudy:
     format_version: int = FORMAT_VERSION
 
 
-def judge_held_out(recipe: HeldOutRecipe, *, told: Told = lambda _: None) -> HeldOutStudy:
-    """Measure, and keep the figures in OUTPUT/held_out.json. ValueError if something cannot be measured as it is."""
+def judge_held_out(recipe: HeldOutRecipe, *, told: Told = lambda _: None, stop: Stop | None = None) -> HeldOutStudy:
+    """Measure, and keep the figures in OUTPUT/held_out.json. ValueError if something cannot be measured as it is,
+    Interrupted if it is asked to stop before the last measure: it is short, so what came before is not kept."""
+    stop = stop or Stop()
     run = checked_run(recipe.run)
     if not recipe.output:
         raise ValueError("output: name a folder, as in --output studies/first")
@@ -67,7 +70,9 @@ def judge_held_out(recipe: HeldOutRecipe, *, told: Told = lambda _: None) -> Hel
     told(overlap)
     figures, notes = _retrieval(recipe, samples)
     if recipe.label:
+        stop.check()
         zero_shot, more = _zero_shot(recipe, samples)
+        stop.check()
         figures |= zero_shot | _probes(recipe, samples)
         notes += more
     study = HeldOutStudy(len(samples), without_value, overlap, figures, notes)

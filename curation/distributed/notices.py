@@ -8,14 +8,19 @@ training goes on until they are gone.
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import threading
 import time
+from collections.abc import Iterator
 
 import ray.train
 
 from curation.data import storage
+from curation.distributed.stopping import Stop
 
 LOOK_EVERY_S = 1.0
+STOP_POLL_S = 0.2
 
 
 class Notice(enum.IntEnum):
@@ -28,6 +33,42 @@ class Notice(enum.IntEnum):
     """Save a checkpoint, and go on."""
     END = 3
     """Save a checkpoint, and end."""
+
+
+@contextlib.contextmanager
+def passed_on(stop: Stop, output: str) -> Iterator[None]:
+    """While the block runs, a thread leaves the note for a run's workers as soon as the run is asked to end."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(STOP_POLL_S):
+            if stop.reason:
+                with contextlib.suppress(OSError):  # tried again at the next look
+                    storage.write_bytes(note_url(output), stop.reason.encode())
+                    return
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class EndNote:
+    """The ear of a worker that shares nothing with the others: whether the note is there, looked for now and then."""
+
+    def __init__(self, output: str):
+        self._url = note_url(output)
+        self._next_look, self._is_there = 0.0, False
+
+    def __call__(self) -> bool:
+        """True once the note was seen."""
+        if not self._is_there and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+            self._is_there = storage.exists(self._url)
+        return self._is_there
 
 
 class Notices:

@@ -16,7 +16,8 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM came, and the run ends where it stands. As for Ctrl-C, no `except Exception` holds it up."""
+    """SIGTERM came, or the run was asked to end: it ends where it stands. As for Ctrl-C, no `except Exception` holds it
+    up."""
 
 
 class Stop:
@@ -35,6 +36,11 @@ class Stop:
         if self._max_hours is not None and time.monotonic() - self._begun >= self._max_hours * 3600:
             self.ask(f"--max-hours {self._max_hours:g} are over")
         return self._asked
+
+    def check(self) -> None:
+        """Where nothing is under way that could be lost: Interrupted if the run is to end."""
+        if reason := self.reason:
+            raise Interrupted(reason)
 
     def ask(self, reason: str) -> None:
         """Ask the run to end."""

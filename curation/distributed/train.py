@@ -31,7 +31,7 @@ from curation.data.offered import OfferedShard
 from curation.distributed.learners import LearnerSpec
 from curation.distributed.ledger_actor import LedgerHandles, start_ledger
 from curation.distributed.ledger_client import LedgerClient
-from curation.distributed.notices import note_url
+from curation.distributed.notices import note_url, passed_on
 from curation.distributed.ready_batches import LoopSpec
 from curation.distributed.resources import cluster, grown
 from curation.distributed.run_ledger import LEDGER, ledger_specs
@@ -47,7 +47,6 @@ from curation.recipe import TrainRecipe
 CHECKPOINTS_KEPT = 2
 REPORT_POLL_S = "0.2"
 PROGRESS_EVERY_S = 2.0
-STOP_POLL_S = 0.2
 
 
 class TrainFailed(RuntimeError):
@@ -160,7 +159,7 @@ def _run(
         ),
     )
     try:
-        with _watched(recipe, watch, stop):
+        with passed_on(stop, recipe.output), _watched(recipe, watch):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         storage.write_bytes(storage.join(recipe.output, "train", "error.txt"), _whole_story(error).encode())
@@ -240,8 +239,8 @@ def _shard_sizes(shards: list[OfferedShard]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _watched(recipe: TrainRecipe, watch: TrainWatch, stop: Stop) -> Iterator[None]:
-    """Tells `watch` what rank 0 notes, and the workers to end, from a thread, for as long as the block runs."""
+def _watched(recipe: TrainRecipe, watch: TrainWatch) -> Iterator[None]:
+    """Tells `watch` what rank 0 notes, from a thread, for as long as the block runs."""
     url, over = progress_url(recipe.output), threading.Event()
 
     def tell_held_out() -> bool:
@@ -251,17 +250,10 @@ def _watched(recipe: TrainRecipe, watch: TrainWatch, stop: Stop) -> Iterator[Non
         return bool(told)
 
     def look() -> None:
-        seen, asked, next_look = None, False, 0.0
+        seen = None
         stall = Stall(recipe.output, recipe.compute)
         is_told = not (recipe.evaluate.shards or recipe.evaluate.run)
-        while not over.wait(STOP_POLL_S):
-            if stop.reason and not asked:
-                with contextlib.suppress(OSError):  # asked again at the next look
-                    storage.write_bytes(note_url(recipe.output), stop.reason.encode())
-                    asked = True
-            if time.monotonic() < next_look:
-                continue
-            next_look = time.monotonic() + PROGRESS_EVERY_S
+        while not over.wait(PROGRESS_EVERY_S):
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being replaced: the next look tells
                 is_told = is_told or tell_held_out()
                 noted = json.loads(storage.read_bytes(url))

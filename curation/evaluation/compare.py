@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curation.evaluation.fid import BLOCK_ROWS, distance_of_moments, moments
+from curation.evaluation.fid import BLOCK_ROWS, distance_of_moments, frechet_infinity, moments
 from curation.evaluation.manifold import manifold_metrics
 
 MAX_WIDTH = 256
@@ -30,6 +30,12 @@ class Compared(NamedTuple):
     recall: float
     density: float
     coverage: float
+
+
+def check_one_size(sizes: Mapping[str, int]) -> None:
+    """ValueError if the arms' numbers of rows differ."""
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"arms must be of one size, all measures depend on it, got {dict(sizes)}")
 
 
 class Reference:
@@ -65,18 +71,21 @@ class Reference:
         """Fréchet distance to the whole reference; compares with that of another set of n rows only."""
         return distance_of_moments(moments(self.projected(features_nD)), self._moments)
 
+    def distance_infinity(self, features_nD: Tensor, *, seed: int) -> float:
+        """The Fréchet distance that ever more such rows would come to, as `frechet_infinity` has it with `seed`."""
+        return frechet_infinity(self.projected(features_nD), self._moments, seed=seed).distance
+
     def compare(self, arms: Mapping[str, Tensor], *, seed: int) -> dict[str, Compared]:
         """Each arm's measures; `seed` draws the reference's rows. ValueError if arms differ in size, or have more rows
         than the reference."""
-        sizes = {name: len(features) for name, features in arms.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"arms must be of one size, all measures depend on it, got {sizes}")
-        rows = next(iter(sizes.values()))
+        check_one_size({name: len(features) for name, features in arms.items()})
+        return {name: self.compare_one(arm, seed=seed) for name, arm in arms.items()}
+
+    def compare_one(self, features_nD: Tensor, *, seed: int) -> Compared:
+        """One arm's measures, as `compare` has them; the caller sees to it that all arms are of one size."""
+        rows = len(features_nD)
         if rows > len(self._features_NP):
             raise ValueError(f"the reference has {len(self._features_NP)} rows, fewer than an arm's {rows}")
         drawn = torch.randperm(len(self._features_NP), generator=torch.Generator().manual_seed(seed))[:rows]
         real_nP = self._features_NP[drawn.to(self._features_NP.device)]
-        return {
-            name: Compared(rows, self.distance(arm), *manifold_metrics(real_nP, self.projected(arm)))
-            for name, arm in arms.items()
-        }
+        return Compared(rows, self.distance(features_nD), *manifold_metrics(real_nP, self.projected(features_nD)))

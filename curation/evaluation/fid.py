@@ -21,6 +21,8 @@ from torch import Tensor
 BLOCK_ROWS = 16_384
 POINTS = 15
 """Sizes to which the line in 1/n is fitted, as Chong and Forsyth do."""
+INFINITY_ROWS = 2 * (POINTS - 1)
+"""Fewer rows than this do not have so many sizes."""
 SMALLEST_SHARE = 0.5
 """Of the rows, at the smallest of those sizes; the paper goes from 5,000 to 50,000 rows, which few studies have."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from curation.evaluation.fid import INFINITY_ROWS
 from curation.recipe.columns import Network
-from curation.recipe.parts import Part, Weights, WholeRecipe
+from curation.recipe.parts import Part, Weights, WholeRecipe, checked_templates
 from curation.training.diffusion import DiffusionSpec
 
 _ARM = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(=(?P<source>[^@]+))?(@(?P<steps>[1-9]\d*))?")
@@ -58,6 +59,8 @@ class Judged(WholeRecipe):
     """The column of vectors that methods see; figures on the same features flatter them, and a warning says so."""
     max_width: int = Field(default=256, gt=0)
     """Wider features are projected on so many principal directions of the pool's."""
+    infinity: bool = False
+    """Also the distance that an endless number of such rows would have, which costs as much as 15 distances."""
     output: str = ""
     """Folder or URL of the study."""
     seeds: int = Field(default=3, gt=0)
@@ -69,6 +72,17 @@ class Judged(WholeRecipe):
         names = [arm.name for arm in self.all_arms()]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"arms must be one or more, each of another name, got {names}")
+        return self
+
+    def rows_compared(self) -> tuple[str, int]:
+        """How many rows of each arm are compared, and the field that says so."""
+        return "keep", self.keep
+
+    @model_validator(mode="after")
+    def _rows_have_a_limit(self) -> Self:
+        field, rows = self.rows_compared()
+        if self.infinity and rows < INFINITY_ROWS:
+            raise ValueError(f"infinity needs {field} of at least {INFINITY_ROWS}, got {rows}")
         return self
 
     def all_arms(self) -> list[Arm]:
@@ -120,6 +134,8 @@ class HeldOutRecipe(WholeRecipe):
     output: str = ""
     """Folder or URL of the figures."""
     seed: int = Field(default=0, ge=0)
+
+    _templates_hold_a_name = field_validator("templates")(checked_templates)
 
     @model_validator(mode="after")
     def _measures_something(self) -> Self:
@@ -189,3 +205,7 @@ class DiffusionRecipe(Judged):
     """Models in training at a time, each on a GPU or CPU of its own."""
     checkpoint_every: int = Field(default=1000, gt=0)
     """Steps between two checkpoints of a model."""
+
+    def rows_compared(self) -> tuple[str, int]:
+        """The samples of each model."""
+        return "samples", self.samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from string import Formatter
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import tyro
@@ -31,6 +32,22 @@ def json_argument(kind: Any, instances: type | tuple[type, ...]) -> tyro.constru
         is_instance=lambda value: isinstance(value, instances),
         str_from_instance=lambda value: [adapter.dump_json(value, exclude_defaults=True).decode()],
     )
+
+
+def checked_templates(templates: tuple[str, ...]) -> tuple[str, ...]:
+    """The templates. ValueError if there is none, or one has no place, or more than one, for the name of a class."""
+    for template in templates:
+        try:
+            fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
+        except ValueError:
+            fields = []
+        if fields != [["", "", None]]:
+            raise ValueError(
+                f"templates must hold {{}} once, where a class's name goes, and no other braces: {template!r}"
+            )
+    if not templates:
+        raise ValueError("templates must be one or more, as in 'a photo of a {}.'")
+    return templates
 
 
 class WeightsSource(TypedDict):

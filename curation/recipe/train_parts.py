@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from curation.recipe.parts import Part, Weights
+from curation.recipe.parts import Part, Weights, checked_templates
 from curation.training.schedules import RateSchedule
 
 
@@ -174,6 +174,8 @@ class Evaluate(Part):
     """The json field that names the class: zero-shot classification is measured too."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts of a class; {} is its name."""
+
+    _templates_hold_a_name = field_validator("templates")(checked_templates)
 
 
 class Workers(Part):

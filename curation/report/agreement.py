@@ -6,6 +6,7 @@ are compared by name over the seeds, so only those that every seed has are in th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from curation.data import tables
+from curation.data import storage, tables
 from curation.evaluation.correlation import over_seeds, spearman_matrix
 from curation.methods.typicality import Typicality
 from curation.numerics.intervals import Interval
@@ -34,28 +35,46 @@ class Agreement(NamedTuple):
     pairs: list[list[Interval | None]]
     left_out: list[str]
     """Scores that not every seed has."""
+    unread: list[str]
+    """Scores that were not looked at, being too many; they are if they are named."""
 
 
 def agreement(seeds: Sequence[str], *, only: Sequence[str] = (), typicality: str | None = None) -> Agreement:
-    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing.
+    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing, or two
+    of them share a run.
 
-    `only`: the scores that are compared, all of them by default. `typicality`: a column of vectors whose typicality is
-    one more score.
+    `only`: the scores that are compared, by default all that `scan` reads. `typicality`: a column of vectors whose
+    typicality is one more score.
     """
-    found = [scores_of(seed, typicality=typicality) for seed in seeds]
+    _check_apart(seeds)
+    read = [scores_of(seed, typicality=typicality, wanted=only) for seed in seeds]
+    found = [scores for scores, _ in read]
+    unread = [] if only else sorted({name for _, names in read for name in names})
     if unknown := sorted(set(only) - {name for scores in found for name in scores}):
         raise ValueError(f"no seed has a score {unknown[0]!r}, there are {sorted(found[0])}")
     found = [{name: values for name, values in scores.items() if name in only or not only} for scores in found]
     common = [name for name in found[0] if all(name in scores for scores in found)]
-    left_out = sorted({name for scores in found for name in scores} - set(common))
+    left_out = sorted({name for scores in found for name in scores} - {*common, *unread})
     if len(common) < 2:
         raise ValueError(f"it takes two scores that all seeds have, there are {common}; not all have {left_out}")
     matrices = [spearman_matrix({name: scores[name] for name in common}) for scores in found]
-    return Agreement(common, matrices, over_seeds(matrices), left_out)
+    return Agreement(common, matrices, over_seeds(matrices), left_out, unread)
 
 
-def scores_of(seed: str, *, typicality: str | None = None) -> dict[str, np.ndarray]:
-    """The scores of the embedded rows of one seed, by name; a ledger's by its method's."""
+def _check_apart(seeds: Sequence[str]) -> None:
+    """ValueError if a run is named twice: one that is counted as two seeds makes intervals narrower than they are."""
+    named = [storage.absolute(url).rstrip("/") for seed in seeds for url in seed.split(BETWEEN_RUNS)]
+    if twice := [url for url, count in Counter(named).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is named twice: each seed must be of runs of its own")
+
+
+def scores_of(
+    seed: str, *, typicality: str | None = None, wanted: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The scores of the embedded rows of one seed by name, a ledger's by its method's; and the names of those not read.
+
+    `wanted` are read in any case.
+    """
     runs = [run for url in seed.split(BETWEEN_RUNS) for run in load(url)]
     curated = [run for run in runs if isinstance(run, CurationRun)]
     if len(curated) != 1:
@@ -69,9 +88,9 @@ def scores_of(seed: str, *, typicality: str | None = None) -> dict[str, np.ndarr
             raise ValueError(f"{run.url} has no ledger on disk, or was not trained on {curated[0].url}")
         name, read = scored_by(run, memory)
         beside[name] = read
-    found = scan(curated[0].url, curated[0].numbers, steps=(), beside=beside)
+    found = scan(curated[0].url, curated[0].numbers, steps=(), beside=beside, wanted=wanted)
     of_vectors = {} if typicality is None else {"typicality": _typicality(curated[0], typicality, found.addresses)}
-    return {**found.scores, **of_vectors}
+    return {**found.scores, **of_vectors}, found.unread
 
 
 def _typicality(run: CurationRun, column: str, addresses_n: np.ndarray) -> np.ndarray:

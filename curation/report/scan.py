@@ -25,6 +25,13 @@ from curation.report.outcomes import Copies, KeptRows, Ranking, last_selector, o
 from curation.report.picks import Picks, RowSample, alike, digests_of, hash_of, offer_near_the_cut
 
 MAX_SCORES = 12
+"""Scores that are read unasked."""
+NO_SCORES = frozenset(
+    {"id", "uid", "key", "hash", "seed", "index", "idx", "row", "offset", "size", "timestamp", "width", "height"}
+    | {"label", "class", "cluster", "concept"}
+)
+"""Whole numbers of these names, or with such an ending (`image_id`), say which sample it is, where it lies, how large
+it is, or name a group: they rank nothing."""
 
 
 @dataclass
@@ -38,6 +45,8 @@ class Scan:
     """Column -> its groups, largest first."""
     scores: dict[str, np.ndarray]
     """Score -> its values (m,) float32 for the rows of the sample."""
+    unread: list[str]
+    """Scores that the tables have too, beyond MAX_SCORES."""
     is_kept: np.ndarray
     addresses: np.ndarray
     embedded: int
@@ -62,12 +71,14 @@ def scan(
     steps: Sequence[Step],
     beside: Mapping[str, Callable[[int], np.ndarray]] | None = None,
     group_by: Sequence[str] = (),
+    wanted: Sequence[str] = (),
 ) -> Scan:
     """Read the tables of the shards `numbers`. `beside`: more scores, name -> (shard number -> its rows' values).
 
     `group_by`: further columns whose values rows are grouped by. ValueError if a column that is asked for is not there.
+    `wanted`: columns of numbers that are read as scores in any case, where the tables have them.
     """
-    plan = _plan(run, numbers, steps, group_by)
+    plan = _plan(run, numbers, steps, group_by, wanted)
     kept, passed = KeptRows(run), RowSample()
     outcomes: Counter[str] = Counter()
     picks, copies = Picks(), Copies(run)
@@ -107,6 +118,7 @@ def scan(
         picks=picks,
         groups={name: rows for name, rows in groups.items() if any(group.value != UNKNOWN for group in rows)},
         scores=scores,
+        unread=plan.unread,
         is_kept=is_kept,
         addresses=addresses,
         embedded=passed.seen,
@@ -119,26 +131,35 @@ def scan(
 class _Plan(NamedTuple):
     columns: list[str]
     scores: list[str]
+    unread: list[str]
     ranked: Ranking | None
     groups: dict[str, GroupOf]
 
 
-def _plan(run: str, numbers: Sequence[int], steps: Sequence[Step], group_by: Sequence[str]) -> _Plan:
+def _plan(
+    run: str, numbers: Sequence[int], steps: Sequence[Step], group_by: Sequence[str], wanted: Sequence[str]
+) -> _Plan:
     """Which columns to read, by what the first tables have."""
     types: dict[str, pa.DataType] = {}
     for number in numbers[:: max(1, len(numbers) // 64)]:
-        types |= _types(run, number)
-    floats = [name for name, dtype in types.items() if pa.types.is_floating(dtype) and "." in name]
+        found = _types(run, number)
+        types |= {name: dtype for name, dtype in found.items() if name not in types or not pa.types.is_null(dtype)}
     ranked = ranking(steps)
-    wanted = [name for name in ("clip_score", ranked and ranked.column) if name in types and _is_number(types[name])]
-    scores = list(dict.fromkeys([*wanted, *sorted(floats, key=lambda name: (name.startswith(JSON_PREFIX), name))]))
+    asked = ["clip_score", *([ranked.column] if ranked else []), *wanted]
+    first = [name for name in asked if name in types and _is_number(types[name])]
+    others = sorted(name for name, dtype in types.items() if _is_score(name, dtype))
+    others.sort(key=lambda name: (name.startswith(JSON_PREFIX), pa.types.is_integer(types[name])))
+    all_scores = list(dict.fromkeys([*first, *others]))
+    num_read = max(MAX_SCORES, len({*first}))
+    scores, unread = all_scores[:num_read], all_scores[num_read:]
     groups = groupings(types, group_by)
     tested = {name for step in steps if isinstance(step, Threshold | OneOf) for name in step.test().needs}
     sources = {source for names, _ in groups.values() for source in names}
-    needed = ["address", "uid", "status", "reason", "sha256", *sorted(tested | sources), *scores[:MAX_SCORES]]
+    needed = ["address", "uid", "status", "reason", "sha256", *sorted(tested | sources), *scores]
     return _Plan(
         list(dict.fromkeys(needed)),
-        scores[:MAX_SCORES],
+        scores,
+        unread,
         ranked if ranked is not None and ranked.column in scores else None,
         {name: group_of for name, (_, group_of) in groups.items()},
     )
@@ -146,6 +167,12 @@ def _plan(run: str, numbers: Sequence[int], steps: Sequence[Step], group_by: Seq
 
 def _is_number(dtype: pa.DataType) -> bool:
     return pa.types.is_floating(dtype) or pa.types.is_integer(dtype)
+
+
+def _is_score(name: str, dtype: pa.DataType) -> bool:
+    """True for the pool's own numbers and those of later columns, but for NO_SCORES."""
+    ending = name.rpartition(".")[2].rpartition("_")[2].lower()
+    return "." in name and (pa.types.is_floating(dtype) or (pa.types.is_integer(dtype) and ending not in NO_SCORES))
 
 
 def _types(run: str, number: int) -> dict[str, pa.DataType]:

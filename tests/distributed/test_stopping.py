@@ -17,7 +17,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from curation.data import storage
 from curation.distributed import notices
-from curation.distributed.notices import Notice, Notices, note_url
+from curation.distributed.notices import EndNote, Notice, Notices, note_url, passed_on
 from curation.distributed.pipeline import Record, Watch, curate
 from curation.distributed.stopping import Interrupted, Stop
 from curation.recipe import CurateRecipe
@@ -103,6 +103,22 @@ def test_rank_0_tells_to_end_when_there_is_a_note_and_else_to_look_now_and_then(
     monkeypatch.setattr(notices, "LOOK_EVERY_S", 0.0)
     assert Notices(str(tmp_path)).rank_0_says() is Notice.END
     assert ear.heard(Notice.END) is Notice.END
+
+
+def test_workers_hear_a_stop_by_a_note_that_a_thread_leaves_as_soon_as_it_is_asked_for(tmp_path: Path) -> None:
+    stop, note = Stop(), Path(note_url(str(tmp_path)))
+    with passed_on(stop, str(tmp_path)):
+        assert not note.exists() and not EndNote(str(tmp_path))()
+        stop.ask("SIGTERM")
+        begun = time.monotonic()
+        while not note.exists():
+            assert time.monotonic() - begun < 30
+            time.sleep(0.01)
+    assert note.read_text() == "SIGTERM"
+    assert EndNote(str(tmp_path))()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        stop.check()
+    Stop().check()
 
 
 def test_a_node_that_is_to_be_taken_is_answered_with_one_checkpoint(
