@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +22,14 @@ from curation.report import charts, folder
 from curation.report.costs import HOUR_S, Prices
 from curation.report.curation_view import CurationView, curation_view
 from curation.report.folder import CurationRun, TrainingRun
+from curation.report.plain import plain
 from curation.report.training_view import TrainingView, training_view
 
 MAX_BYTES = 15_000_000
 IMAGE_BYTES = 11_000_000
 """Of MAX_BYTES, what thumbnails may take, over all runs."""
-MAX_TEXT = 400
-"""Characters of a caption that are shown."""
 SAFETY = {"json.punsafe": 0.5}
 TEMPLATES = Path(__file__).parent / "templates"
-BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of what follows them; marks and right-to-left letters are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +135,6 @@ def _reference_of(pool: CurationRun | None, trained: Sequence[TrainingRun]) -> T
     if known is not None or url == checkpoint or not storage.exists(storage.join(url, "recipe.json")):
         return known
     return next((each for each in folder.load(url) if isinstance(each, TrainingRun)), None)
-
-
-def plain(text: Any, most: int = MAX_TEXT) -> str:
-    """Text that stays in its place: control characters and turns of direction are U+FFFD, and it is cut at `most`."""
-    shown = "".join("\ufffd" if _is_control(character) else character for character in str(text)[: most + 1])
-    return shown if len(shown) <= most else shown[:most].rstrip() + "…"
-
-
-def _is_control(character: str) -> bool:
-    return character in BIDI_CONTROLS or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
 
 
 def hours(seconds: float) -> str:

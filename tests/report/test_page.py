@@ -15,7 +15,8 @@ import pytest
 
 from curation.report import page, thumbnails
 from curation.report.costs import Prices
-from curation.report.page import Wanted, plain, report
+from curation.report.page import Wanted, report
+from curation.report.plain import plain
 from jobs import report as job
 from tests.report.conftest import Row
 
@@ -116,7 +117,9 @@ HOSTILE = [
 
 
 def test_hostile_captions_fields_and_keys_are_text(write_run) -> None:
-    rows = [Row(text, {"language": text, "url": text, "domain": text, text[:50]: text}, score=1.0) for text in HOSTILE]
+    fields = [{"language": text, "url": text, "domain": text, text[:50]: 0.5} for text in HOSTILE]
+    fields[4] |= {f"{HOSTILE[4]}.cluster": "a group"}
+    rows = [Row(text, named, score=1.0) for text, named in zip(HOSTILE, fields, strict=True)]
     run = write_run("run", [rows, rows], keep=len(HOSTILE), name="<script>alert(5)</script>")
     shown = made(run, group_by=["json.language"])
     assert shown.count("script") == 1  # the calculator
@@ -168,6 +171,41 @@ def test_a_run_that_was_stopped_before_its_account_says_so(write_run) -> None:
         (run / name).unlink()
     shown = made(run)
     assert shown.number("read") == 2 and "written no account yet" in shown.html
+    assert not {("0", "cut"), ("0", "kept")} & shown.facts.keys()
+    assert "Borderline" not in shown.html and 'class="lift"' not in shown.html and "Cut by" not in shown.html
+    assert "<title>not selected yet</title>" in shown.html and "<title>cut</title>" not in shown.html
+
+
+def test_a_curated_run_that_was_stopped_says_why(write_run) -> None:
+    run = write_run("run", [[Row()]])
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "stopped": "SIGTERM"}))
+    assert "the run was stopped before its work was done: SIGTERM" in made(run).html
+
+
+@pytest.mark.parametrize("value", [1.7e18, -1e30, 3e38, 1e-40, 0.25])
+def test_a_constant_of_any_size_is_drawn(write_run, value) -> None:
+    shown = made(write_run("run", [[Row(str(place), {"constant": value}) for place in range(3)]], keep=1))
+    chart = shown.html.partition('aria-label="histogram of json.constant"')[2].partition("</svg>")[0]
+    shapes = re.findall(r'(?:points|d|x|y)="([^"]*)"', chart)
+    numbers = [float(found) for shape in shapes for found in re.findall(r"-?[\d.]+|nan|inf", shape)]
+    assert numbers and all(-1 <= number <= 361 for number in numbers)
+
+
+def cut_labels(shown: Page, score: str) -> list[str]:
+    chart = shown.html.partition(f'aria-label="histogram of {score}"')[2].partition("</svg>")[0]
+    return re.findall(r'class="cut-label"[^>]*>([^<]*)', chart)
+
+
+def test_every_cut_is_marked_on_the_scores_that_it_cuts(write_run) -> None:
+    rows = [Row(f"{place}", {"aesthetic": place / 10}, score=place / 10) for place in range(10)]
+    limits = [{"column": "json.aesthetic", "at_least": 0.25}, {"column": "json.aesthetic", "at_most": 0.8}]
+    select = {"method": {"name": "clip_score"}, "keep": 3}
+    shown = made(write_run("a", [rows], keep=3, selection=[*limits, select]))
+    assert cut_labels(shown, "json.aesthetic") == ["at least 0.25", "at most 0.8"]
+    assert cut_labels(shown, "clip_score") == ["cut 0.7"] and "Borderline" in shown.html
+    then_compared = made(write_run("b", [rows], keep=3, selection=[select, {"method": {"name": "semantic_dedup"}}]))
+    assert cut_labels(then_compared, "clip_score") == ["lowest kept 0.7"] and "Borderline" not in then_compared.html
 
 
 def test_unsafe_pictures_are_veiled_until_clicked(write_run) -> None:
