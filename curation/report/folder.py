@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.addresses import pack, row_of, shard_of
-from curation.data import manifest, offered, score_log, shard_list, storage
+from curation.data import manifest, offered, score_log, shard_list, step_log, storage
 from curation.data.pieces import Pieces
 from curation.data.shard_list import Shard
 from curation.ledger import Ledger, LedgerSpec
@@ -60,9 +60,11 @@ class TrainingRun:
     url: str
     label: str
     summary: Mapping[str, Any]
+    """Empty if the run did not come to its account."""
     whole_recipe: Mapping[str, Any]
     steps: pa.Table
     evaluations: pa.Table
+    """Both as far as the run noted them; without rows if it noted none."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -102,7 +104,7 @@ def _curation(url: str) -> CurationRun:
 
 
 def _training(url: str) -> TrainingRun:
-    tables = [_table(storage.join(url, "train", f"{name}.parquet")) for name in ("steps", "evaluations")]
+    tables = [_log(url, name) for name in ("steps", "evaluations")]
     return TrainingRun(url, _label(url), _json(url, "train", "summary.json"), _json(url, "recipe.json"), *tables)
 
 
@@ -116,10 +118,13 @@ def _json(*parts: str) -> Mapping[str, Any]:
     return manifest.read(url) if storage.exists(url) else {}
 
 
+def _log(url: str, name: str) -> pa.Table:
+    """A training log; of a run that did not come to its end what is there of it, without rows if nothing is."""
+    whole = storage.join(url, "train", f"{name}.parquet")
+    return _table(whole) if storage.exists(whole) else step_log.read_parts(url, name)
+
+
 def _table(url: str) -> pa.Table:
-    """A log's table; without rows and columns if the run did not come to write it."""
-    if not storage.exists(url):
-        return pa.table({"step": pa.array([], pa.int64())})
     with storage.open_read(url) as file:
         return pq.read_table(file)
 

@@ -45,8 +45,11 @@ class Wanted:
 
 
 def report(urls: Sequence[str], wanted: Wanted) -> str:
-    """The report of the runs in these folders, as HTML. ValueError if one holds no run, or a column is not there."""
-    runs = [run for url in urls for run in folder.load(url)]
+    """The report of the runs in these folders, as HTML; one that is named twice is in it once.
+
+    ValueError if one holds no run, or a column is not there.
+    """
+    runs = [run for url in dict.fromkeys(map(storage.absolute, urls)) for run in folder.load(url)]
     curated = [run for run in runs if isinstance(run, CurationRun)]
     trained = [run for run in runs if isinstance(run, TrainingRun)]
     memories = {run.url: memory for run in trained if (memory := folder.remembered(run)) is not None}

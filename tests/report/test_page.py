@@ -256,6 +256,46 @@ def test_training_alone_and_a_failed_one_have_a_report(write_training) -> None:
     assert "Arms" in made(run).html
 
 
+def test_what_is_unfinished_of_a_training_run_is_said(write_training) -> None:
+    killed, failed = write_training("killed", [0.1]), write_training("failed", [0.1, 0.2], method="jest", ratio=0.5)
+    (killed / "train" / "summary.json").unlink()
+    told = {"failures": ["rank 0: NaN"], "stopped": "SIGTERM", "warnings": ["9 held-out samples are in the pool"]}
+    (failed / "train" / "summary.json").write_text(json.dumps({**told, "format_version": 1}))
+    text = " ".join(made(killed, failed).texts)
+    assert "killed: the run has written no account, after 1 of 1 steps: it is under way, or was stopped" in text
+    for said in ("the run failed: rank 0: NaN", "stopped at step 2: SIGTERM", "9 held-out samples are in the pool"):
+        assert f"failed: {said}" in text or f"failed: the run was {said}" in text
+
+
+def test_the_rival_stands_in_the_row_of_what_is_saved(write_training, tmp_path) -> None:
+    runs = [
+        write_training("ua", [0.1, 0.2], data_run=tmp_path / "a"),
+        write_training("ub", [0.5, 0.6], data_run=tmp_path / "b"),
+        write_training("jb", [0.6, 0.7], data_run=tmp_path / "b", method="jest", ratio=0.5),
+    ]
+    shown = made(*runs)
+    assert "against uniform, 2 steps" in "".join(shown.texts) and "ub), 1 seed" in "".join(shown.texts)
+    assert shown.savings["samples_trained"] == pytest.approx(0.5)  # of 20 rows: against the other pool's, it has 0
+
+
+def test_a_run_that_is_named_twice_is_one(write_run, write_training) -> None:
+    run, seed = write_run("run", [mixed(5)], keep=2), write_training("seed", [0.1, 0.2])
+    again = Path(f"{seed}/../seed")
+    assert "2 seeds" not in made(seed, again).html
+    assert made(run, run).count("article") == made(run).count("article")
+
+
+def test_eight_arms_have_eight_looks_that_the_style_sheet_knows(write_training) -> None:
+    shown = made(*(write_training(f"run{steps}", [0.1] * steps) for steps in range(2, 10)))
+    looks = dict.fromkeys(re.findall(r'class="line (s\d+ d\d+)"', shown.html))
+    assert len(looks) == 8 and set(re.findall(r'class="swatch ([^"]*)"', shown.html)) == set(looks)
+    style = shown.html.partition("<style>")[2].partition("</style>")[0]
+    for look in looks:
+        colour, dash = look.split()
+        assert f".line.{colour} " in style and f".swatch.{colour}" in style
+        assert dash == "d0" or (f".line.{dash} " in style and f":is(.swatch, .key i).{dash} " in style)
+
+
 def test_the_size_is_limited(write_run, monkeypatch) -> None:
     run = write_run("run", [mixed(30)], keep=9)
     whole = made(run)
