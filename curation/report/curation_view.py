@@ -77,7 +77,13 @@ class CurationView:
     @property
     def rate(self) -> float | None:
         """Images a second of the scoring pass."""
-        return self.run.summary.get("images_per_second", {}).get("embed")
+        scoring = self.scoring
+        return scoring.samples / scoring.seconds if scoring and scoring.samples and scoring.seconds else None
+
+    @property
+    def scoring(self) -> Cost | None:
+        """What the scoring pass cost; None if nothing was scored."""
+        return next((cost for cost in self.costs if cost.part == "scoring"), None)
 
 
 def curation_view(

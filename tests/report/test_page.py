@@ -316,6 +316,19 @@ def test_money_comes_from_the_price_file_and_is_left_out_without_one(write_run, 
     assert ">CHF<" in shown.html and ">4<" in shown.html
 
 
+def test_a_rerun_that_embeds_nothing_still_has_rates_and_estimates(write_run) -> None:
+    run = write_run("run", [mixed(7)], compute={"actors": 1})
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"images_per_second": {}, "shards": {"committed": 1, "embedded_now": 0}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    shown = made(run)
+    assert "by the shards' records" in "".join(shown.texts) and "The same on other pools" in shown.html
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["recipe"]["compute"]["actors"] = None
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    assert "how many there were was not noted" in made(run).html and "The same on other pools" in made(run).html
+
+
 def test_energy_says_whether_it_was_measured(write_run) -> None:
     rows = [[Row(), Row()]]
     assert ">estimate<" in made(write_run("cpu", rows)).html
