@@ -91,12 +91,15 @@ def curation_view(
     *,
     prices: Prices,
     safety: Mapping[str, float],
+    must_have_safety: bool = False,
     group_by: Sequence[str] = (),
     beside: Mapping[str, Callable[[int], np.ndarray]] | None = None,
     with_images: bool = True,
     max_image_bytes: int,
 ) -> CurationView:
     """Read a run's tables once and say what they hold. ValueError if a column that is asked for is nowhere."""
+    for column in safety if must_have_safety else ():
+        thumbnails.check_safety_column(run.url, run.numbers, column)
     steps = _steps(run)
     found = scan(run.url, run.numbers, steps=steps, beside=beside, group_by=group_by)
     dropped = {reason: count for reason, count in found.outcomes.items() if reason in DROP_REASONS}

@@ -23,6 +23,7 @@ from curation.report.costs import HOUR_S, Prices
 from curation.report.curation_view import CurationView, curation_view
 from curation.report.folder import CurationRun, TrainingRun
 from curation.report.plain import plain
+from curation.report.thumbnails import PAGE_FULL, Sample
 from curation.report.training_view import TrainingView, training_view
 
 MAX_BYTES = 15_000_000
@@ -40,6 +41,8 @@ class Wanted:
     has_prices: bool = False
     with_images: bool = True
     safety: Mapping[str, float] = field(default_factory=lambda: dict(SAFETY))
+    must_have_safety: bool = False
+    """Whether the columns of `safety` were asked for by name, and it is an error if they cannot be read."""
     group_by: Sequence[str] = ()
     command: str = ""
 
@@ -62,6 +65,7 @@ def report(urls: Sequence[str], wanted: Wanted) -> str:
             run,
             prices=wanted.prices,
             safety=wanted.safety,
+            must_have_safety=wanted.must_have_safety,
             group_by=wanted.group_by,
             beside={
                 f"{name} ({each.label})": read
@@ -78,8 +82,38 @@ def report(urls: Sequence[str], wanted: Wanted) -> str:
     return render(views, training, wanted)
 
 
+class Pictures:
+    """Thumbnails as the page places them, one after the other, until `left` bytes are spent."""
+
+    def __init__(self, left: int):
+        self.left, self.placed = left, 0
+
+    def place(self, sample: Sample) -> str | None:
+        """The sample's picture, if it has one and there is room for it."""
+        size = len(sample.image or "")
+        if size > self.left:
+            return None
+        self.left, self.placed = self.left - size, self.placed + size
+        return sample.image
+
+
 def render(views: Sequence[CurationView], training: TrainingView | None, wanted: Wanted) -> str:
-    """The page of these views. ValueError if it comes out larger than MAX_BYTES."""
+    """The page of these views; with fewer pictures if it would be larger than MAX_BYTES, ValueError if none is left."""
+    left = MAX_BYTES
+    while True:
+        pictures = Pictures(left)
+        html = _laid_out(views, training, wanted, pictures)
+        size = len(html.encode())
+        if size <= MAX_BYTES:
+            return html
+        if not pictures.placed:
+            raise ValueError(
+                f"the report has {size:,} bytes, more than {MAX_BYTES:,}: report fewer runs at a time, or --no-images"
+            )
+        left = max(0, pictures.placed - (size - MAX_BYTES))
+
+
+def _laid_out(views: Sequence[CurationView], training: TrainingView | None, wanted: Wanted, pictures: Pictures) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -97,9 +131,10 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         "lift_bar": lift_bar,
         "energy": energy,
     }
+    environment.globals |= {"picture": pictures.place, "page_full": PAGE_FULL}
     style, script = ((TEMPLATES / name).read_text() for name in ("page.css", "calculator.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    html = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         views=views,
         training=training,
         wanted=wanted,
@@ -110,11 +145,6 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         seeds_of=seeds_of,
         title=" · ".join([view.run.label for view in views] or ["training"]),
     )
-    if (size := len(html.encode())) > MAX_BYTES:
-        raise ValueError(
-            f"the report has {size:,} bytes, more than {MAX_BYTES:,}: report fewer runs at a time, or --no-images"
-        )
-    return html
 
 
 def _method_of(run: TrainingRun) -> str:

@@ -300,9 +300,16 @@ def test_the_size_is_limited(write_run, monkeypatch) -> None:
     run = write_run("run", [mixed(30)], keep=9)
     whole = made(run)
     assert len(whole.html.encode()) < page.MAX_BYTES
-    monkeypatch.setattr(page, "IMAGE_BYTES", 3_000)
-    less = made(run)
+    pictures = sum(len(attrs["src"] or "") for tag, attrs in whole.tags if tag == "img")
+    with monkeypatch.context() as smaller:
+        smaller.setattr(page, "IMAGE_BYTES", pictures // 2)
+        less = made(run)
     assert 0 < less.count("img") < whole.count("img") and "the page is full" in less.html
+    assert sum(len(attrs["src"] or "") for tag, attrs in less.tags if tag == "img") <= pictures // 2
+    monkeypatch.setattr(page, "MAX_BYTES", len(whole.html.encode()) - pictures // 2)
+    fitting = made(run)
+    assert len(fitting.html.encode()) <= page.MAX_BYTES
+    assert 0 < fitting.count("img") < whole.count("img") and "the page is full" in fitting.html
     monkeypatch.setattr(page, "MAX_BYTES", 10_000)
     with pytest.raises(ValueError, match="more than 10,000: report fewer runs at a time, or --no-images"):
         made(run)
@@ -372,6 +379,8 @@ def test_the_command_writes_the_page_into_the_run(write_run, tmp_path, capsys) -
     assert "summary.json is no run's folder" in capsys.readouterr().err
     assert job.main([str(run), "--output", str(run / "summary.json" / "page.html")]) == 2
     assert "summary.json" in capsys.readouterr().err
+    assert job.main([str(run), "--safety-column", "json.typo"]) == 2
+    assert "no table of" in capsys.readouterr().err
     assert job.main([str(run), "--by", "json.colour"]) == 2
     assert "no table has such a column" in capsys.readouterr().err
     (tmp_path / "prices.json").write_text(json.dumps({"gpu_hour": -1}))
