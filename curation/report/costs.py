@@ -59,7 +59,7 @@ class Cost(NamedTuple):
     seconds: float | None
     """Of the clock; None where the run did not note it."""
     device_hours: float | None
-    samples: int | None
+    samples: float | None
     money: float | None
     kwh: float | None
     is_measured: bool = False
@@ -169,7 +169,7 @@ def training_costs(
                 cost._replace(part="cache", about="embedding the pool with the reference")
                 for cost in curation_costs(pool, prices)[:1]
             ]
-    loaded, trained = (run.summary.get(name) for name in ("samples_loaded", "samples_trained"))
+    loaded, trained = (_total_of(run, name) for name in ("samples_loaded", "samples_trained"))
     if scores_in_a_pool(run):
         costs.append(_scoring_actors(run, device, loaded, prices))
         parts = (
@@ -196,10 +196,10 @@ def scores_in_a_pool(run: TrainingRun) -> bool:
     return run.recipe.get("train", {}).get("scoring") == "pool"
 
 
-def _scoring_actors(run: TrainingRun, device: str, loaded: int | None, prices: Prices) -> Cost:
+def _scoring_actors(run: TrainingRun, device: str, loaded: float | None, prices: Prices) -> Cost:
     """What the scoring actors held: a GPU each, or a core, beside the workers and for as long as these trained."""
     actors = run.recipe.get("compute", {}).get("scoring_actors", 1)
-    seconds = float(run.steps["seconds"][-1].as_py()) if len(run.steps) else None
+    seconds = _total_of(run, "seconds")
     hours = None if seconds is None else seconds * actors / HOUR_S
     about = f"{actors} held for the whole run, beside the workers"
     return _cost(SCORING_ACTORS, device, seconds, hours, loaded, prices, about=about)
@@ -242,7 +242,7 @@ def _total(reference: TrainingRun, prices: Prices) -> Cost:
     whole = training_costs(reference, None, None, prices)
     seconds = sum(cost.seconds or 0.0 for cost in whole if cost.part != SCORING_ACTORS)  # at the same time as the rest
     hours = sum(cost.device_hours or 0.0 for cost in whole)
-    samples = reference.summary.get("samples_trained")
+    samples = _total_of(reference, "samples_trained")
     return _cost(
         "reference",
         device_of(reference),
@@ -264,7 +264,7 @@ def _cost(
     device: str,
     seconds: float | None,
     hours: float | None,
-    samples: int | None,
+    samples: float | None,
     prices: Prices,
     *,
     about: str = "",
@@ -283,6 +283,12 @@ def _joules(run: TrainingRun) -> float | None:
         return None
     used = run.steps["joules"].to_pylist()
     return None if None in used else float(sum(used))
+
+
+def _total_of(run: TrainingRun, column: str) -> float | None:
+    """What a run had come to at its last step, also if it did not come to its account; None if it noted no step."""
+    there = len(run.steps) and column in run.steps.column_names
+    return float(run.steps[column][-1].as_py()) if there else None
 
 
 def _sum(steps: pa.Table, columns: Sequence[str]) -> float | None:

@@ -78,6 +78,13 @@ def test_estimates_are_this_runs_rates_times_the_rows(write_run) -> None:
         assert row.gigabytes == pytest.approx(row.samples * 100 / 1e9)
 
 
+def test_a_run_without_its_account_is_charged_with_what_it_logged(write_training) -> None:
+    run = write_training("run", [0.1, 0.2], ratio=0.5)
+    (run / "train" / "summary.json").unlink()
+    found = {cost.part: cost.samples for cost in training_costs(trained(run), None, None, Prices())}
+    assert found == {"waiting for rows": 40, "scoring and selecting": 40, "training": 20}
+
+
 def test_scoring_actors_are_held_for_the_whole_run(write_training) -> None:
     """Two steps end after 4 s: three GPUs for 12 s, beside the worker's own 1 s of waiting and 2 s of training."""
     fields = {"method": "jest", "ratio": 0.5, "device": "cuda", "scoring": "pool", "scoring_actors": 3}
