@@ -119,9 +119,19 @@ def _json(*parts: str) -> Mapping[str, Any]:
 
 
 def _log(url: str, name: str) -> pa.Table:
-    """A training log; of a run that did not come to its end what is there of it, without rows if nothing is."""
+    """A training log as far as it is written; without rows if nothing is.
+
+    A run merges its parts when it ends. One that was killed before has parts alone, or parts that begin after what an
+    earlier end had merged.
+    """
     whole = storage.join(url, "train", f"{name}.parquet")
-    return _table(whole) if storage.exists(whole) else step_log.read_parts(url, name)
+    if not storage.exists(whole):
+        return step_log.read_parts(url, name)
+    merged = _table(whole)
+    parts = [part for part in storage.names_in(storage.join(url, "train", name)) if part.endswith(".parquet")]
+    newest = max((int(part.removesuffix(".parquet")) for part in parts), default=0)
+    last = merged["step"][-1].as_py() if len(merged) else 0
+    return step_log.read_parts(url, name) if newest > last else merged
 
 
 def _table(url: str) -> pa.Table:

@@ -152,7 +152,9 @@ def _warnings(run: TrainingRun) -> list[str]:
             f"the run has written no account, after {done:,} of {wanted} steps: it is under way, or was stopped"
         )
     elif summary.get("stopped"):
-        found.append(f"the run was stopped at step {done:,}: {summary['stopped']}")
+        found.append(f"the run was stopped at step {summary.get('steps', done):,}: {summary['stopped']}")
+    if done > summary.get("steps", done):
+        found.append(f"its log goes on to step {done:,}: it is under way again, or was killed after its account")
     return found + list(summary.get("warnings", []))
 
 

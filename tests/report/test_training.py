@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.report import folder, training
+from curation.report.costs import Prices
 from curation.report.folder import TrainingRun
 from curation.report.savings import rival_of, savings
 from curation.report.training import Arm
+from curation.report.training_view import training_view
 
 
 def arms_of(*runs: Path) -> list[Arm]:
@@ -78,6 +81,25 @@ def test_a_killed_runs_logs_are_read_from_their_parts(write_training) -> None:
     found = arm.last("mean_r1")
     assert found is not None and found.mean == pytest.approx(0.3)
     assert arm.total("samples_trained") == 20.0 and arm.short() == []
+
+
+def test_a_log_that_went_on_after_its_account_is_read_to_its_end(write_training) -> None:
+    run = write_training("run", [0.1, 0.2, 0.3, 0.4])
+    for name in ("steps", "evaluations"):
+        merged = run / "train" / f"{name}.parquet"
+        table = pq.read_table(merged)
+        (run / "train" / name).mkdir()
+        for begin in (0, 2):
+            pq.write_table(table.slice(begin, 2), run / "train" / name / f"{begin + 1:010d}.parquet")
+        pq.write_table(table.slice(0, 2), merged)
+    (run / "train" / "summary.json").write_text(json.dumps({"steps": 2, "stopped": "SIGTERM", "format_version": 1}))
+    [arm] = arms_of(run)
+    assert arm.total("step") == 4.0 and arm.last("mean_r1") == (0.4, None)
+    view = training_view(arm.runs, pools={}, references={}, memories={}, prices=Prices())
+    assert view is not None and [warning for _, warning in view.warnings] == [
+        "the run was stopped at step 2: SIGTERM",
+        "its log goes on to step 4: it is under way again, or was killed after its account",
+    ]
 
 
 def test_a_seed_without_evaluations_is_named_and_the_others_are_compared(write_training) -> None:
