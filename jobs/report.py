@@ -18,6 +18,7 @@ from curation.report.page import SAFETY, Wanted, report
 from jobs.command import EXIT_OK, EXIT_USAGE
 
 NAME = "report.html"
+DEFAULT_SAFETY_COLUMN = next(iter(SAFETY))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--prices", metavar="FILE", help="JSON: currency, gpu_hour, cpu_core_hour, gpu_watts, cpu_core_watts"
     )
     parser.add_argument(
-        "--safety-column", default=next(iter(SAFETY)), help="pictures that are above --safety there are veiled"
+        "--safety-column", help=f"pictures that are above --safety there are veiled ({DEFAULT_SAFETY_COLUMN}, if there)"
     )
     parser.add_argument("--safety", type=float, default=next(iter(SAFETY.values())), help="(0.5)")
     parser.add_argument("--by", action="append", default=[], metavar="COLUMN", help="a further column to group by")
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             prices=read_prices(known.prices) if known.prices else Prices(),
             has_prices=known.prices is not None,
             with_images=not known.no_images,
-            safety={known.safety_column: known.safety},
+            safety={known.safety_column or DEFAULT_SAFETY_COLUMN: known.safety},
+            must_have_safety=known.safety_column is not None,
             group_by=known.by,
             command=shlex.join(["python", "-m", "jobs.report", *arguments]),
         )

@@ -14,16 +14,20 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from curation.report.plain import plain
+
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
 MAX_POINTS = 60
 """A line of more points is drawn by the means of as many stretches."""
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+NUM_COLOURS, NUM_DASHES = 6, 4
+"""What the style sheet tells curves apart by: hues, and strokes for those that come round to a hue again."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve (m,) with a band around it, if it has one. `colour` is a number of the page's palette."""
+    """A curve (m,) with a band around it, if it has one. `colour` and `dash` are numbers of the page's style sheet."""
 
     label: str
     x: Sequence[float] | np.ndarray
@@ -31,6 +35,14 @@ class Line:
     colour: int
     low: Sequence[float] | np.ndarray = field(default=())
     high: Sequence[float] | np.ndarray = field(default=())
+    dash: int = 0
+
+
+class Mark(NamedTuple):
+    """A place on a histogram's axis, and what is said of it."""
+
+    value: float
+    label: str
 
 
 @dataclass(frozen=True)
@@ -50,14 +62,14 @@ class Panel(NamedTuple):
 
 
 def number(value: float) -> str:
-    """A number for a tick or a tile: 1.5M, 20k, 0.25. At most four digits."""
+    """A number for a tick or a tile: 1.5M, 20k, 0.25, and 5e20 where there is no prefix. At most four digits."""
     if value == 0:
         return "0"
     rounded = float(f"{value:.3g}")  # 999.6 is 1k, not 1e+03
     for scale, prefix in PREFIXES:
-        if abs(rounded) >= scale:
+        if 1000 * PREFIXES[0][0] > abs(rounded) >= scale:
             return f"{rounded / scale:.3g}{prefix}".replace("-", "−")
-    return f"{rounded:.3g}".replace("-", "−")
+    return f"{rounded:.3g}".replace("e+", "e").replace("-", "−")
 
 
 def share(value: float) -> str:
@@ -71,7 +83,18 @@ def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     step = 10.0 ** math.floor(math.log10(span / about))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about)
     first = math.ceil(low / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    digits = 12 - math.floor(math.log10(step))  # of a tiny step all twelve after the point may be zeros
+    return [round(place * step, digits) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """The range [low, high], or one that begins at low where that is empty, wide enough to be told from low."""
+    return (low, high) if high > low else (low, low + max(1.0, 0.01 * abs(low)))
+
+
+def look(place: int) -> tuple[int, int]:
+    """Colour and dash of the curve at a place in a row of them: each colour once plain, then dashed, and so round."""
+    return place % NUM_COLOURS, place // NUM_COLOURS % NUM_DASHES
 
 
 def line_chart(
@@ -95,22 +118,23 @@ def line_chart(
             parts.append(Markup('<polygon class="band s{}" points="{}"/>').format(line.colour, frame.points(around)))
     for line in drawn:
         points = frame.points(zip(line.x, line.y, strict=True))
-        title = Markup("<title>{}</title>").format(line.label)
-        parts.append(Markup('<polyline class="line s{}" points="{}">{}</polyline>').format(line.colour, points, title))
+        title = Markup("<title>{}</title>").format(plain(line.label))
+        drawing = Markup('<polyline class="line s{} d{}" points="{}">{}</polyline>')
+        parts.append(drawing.format(line.colour, line.dash, points, title))
         x, y = frame.place(float(line.x[-1]), float(line.y[-1]))
         parts.append(Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2.6"/>').format(line.colour, x, y))
     return _svg(parts, f"{y_label} over {x_label}", width)
 
 
 def histogram(
-    edges: Sequence[float] | np.ndarray, stacks: Sequence[Bars], *, x_label: str, cut: float | None = None
+    edges: Sequence[float] | np.ndarray, stacks: Sequence[Bars], *, x_label: str, marks: Sequence[Mark] = ()
 ) -> Markup:
-    """Stacked counts over bins, and a mark where the cut is. Empty if all counts are 0."""
+    """Stacked counts over bins, and marks where the cuts are. Empty if all counts are 0."""
     edges = np.asarray(edges, float)
     total = np.sum([np.asarray(stack.counts) for stack in stacks], axis=0)
     if not np.sum(total):
         return Markup("")
-    frame = _Frame(float(edges[0]), float(edges[-1]), 0.0, float(np.max(total)) * 1.06)
+    frame = _Frame(*widened(float(edges[0]), float(edges[-1])), 0.0, float(np.max(total)) * 1.06)
     parts = [frame.grid(x_label, "samples", y_text=number)]
     below = np.zeros(len(edges) - 1)
     for stack in stacks:
@@ -120,17 +144,17 @@ def histogram(
                 left, top = frame.place(edges[place], below[place] + count)
                 right, bottom = frame.place(edges[place + 1], below[place])
                 path.append(f"M{left} {bottom}V{top}H{right}V{bottom}z")
-        title = Markup("<title>{}</title>").format(stack.label)
+        title = Markup("<title>{}</title>").format(plain(stack.label))
         parts.append(Markup('<path class="bar {}" d="{}">{}</path>').format(stack.kind, "".join(path), title))
         below = below + np.asarray(stack.counts, float)
-    if cut is not None and edges[0] <= cut <= edges[-1]:
-        x, top = frame.place(cut, frame.y_high)
-        near_right = x > WIDTH - 80
-        anchor, at = ("end", x - 4) if near_right else ("start", x + 4)
+    inside = [mark for mark in marks if edges[0] <= mark.value <= edges[-1]]
+    for line, mark in enumerate(inside):  # one label under the other
+        x, top = frame.place(mark.value, frame.y_high)
+        anchor, at = ("end", x - 4) if x > WIDTH - 110 else ("start", x + 4)
         parts.append(Markup('<path class="cut-mark" d="M{} {}V{}"/>').format(x, top, HEIGHT - BOTTOM))
         parts.append(
-            Markup('<text class="cut-label" x="{}" y="{}" text-anchor="{}">cut {}</text>').format(
-                at, top + 10, anchor, f"{cut:.4g}".replace("-", "−")
+            Markup('<text class="cut-label" x="{}" y="{}" text-anchor="{}">{} {}</text>').format(
+                at, top + 10 + 12 * line, anchor, mark.label, f"{mark.value:.4g}".replace("-", "−")
             )
         )
     return _svg(parts, f"histogram of {x_label}", WIDTH)
@@ -148,7 +172,7 @@ def _thinned(line: Line, *, between: tuple[float, float] | None) -> Line:
     x, y, low, high = columns
     if between is not None:
         low, high = np.clip(low, *between), np.clip(high, *between)
-    return Line(line.label, x, y, line.colour, low if banded else (), high if banded else ())
+    return Line(line.label, x, y, line.colour, low if banded else (), high if banded else (), line.dash)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -199,13 +223,15 @@ class _Frame:
         parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, self.width - RIGHT))
         parts.append(
             Markup('<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                middle, HEIGHT - 6, x_label
+                middle, HEIGHT - 6, plain(x_label)
             )
         )
-        parts.append(Markup("<desc>{}</desc>").format(y_label))
+        parts.append(Markup("<desc>{}</desc>").format(plain(y_label)))
         return Markup("").join(parts)
 
 
 def _svg(parts: Sequence[Markup], label: str, width: int) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, HEIGHT, label)
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        width, HEIGHT, plain(label)
+    )
     return head + Markup("").join(parts) + Markup("</svg>")

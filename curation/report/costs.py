@@ -4,6 +4,9 @@ Seconds are what the run itself noted, device hours are these times the GPUs (or
 Energy is what the boards' own counters said (NVML), if the run noted it for all of a part; otherwise it is an estimate,
 hours times an assumed power, and is called one. A training step's joules are shared out by its phases' seconds. Money
 needs a price file. What is not known is None, and is told as such, never as 0.
+
+A run that embedded little because most was committed before has no clock of the whole in its account; then the shards'
+own seconds are shared out among the actors that its recipe names, and the page says so.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from pydantic import Field
 
 from curation.data import storage
 from curation.recipe.parts import Part, selector_of
+from curation.report import charts
 from curation.report.folder import CurationRun, TrainingRun
 
 POOL_SIZES = (1_000_000, 100_000_000, 5_000_000_000)
 HOUR_S = 3600.0
 KWH_J = 3.6e6
 SCORING = ("seconds_score", "seconds_select", "seconds_exchange", "seconds_ledger")
+SCORING_ACTORS = "scoring actors"
 
 
 class Prices(Part):
@@ -54,19 +59,21 @@ class Cost(NamedTuple):
     seconds: float | None
     """Of the clock; None where the run did not note it."""
     device_hours: float | None
-    samples: int | None
+    samples: float | None
     money: float | None
     kwh: float | None
     is_measured: bool = False
     """Whether `kwh` was counted by the boards, and is no estimate."""
     about: str = ""
+    clock: str = ""
+    """How `seconds` came about, where the run did not note them itself."""
 
 
 class Estimate(NamedTuple):
     """What scoring a pool of another size would take at this run's rates."""
 
     samples: int
-    hours: float
+    hours: float | None
     device_hours: float
     money: float | None
     kwh: float
@@ -91,12 +98,13 @@ def curation_costs(run: CurationRun, prices: Prices) -> list[Cost]:
     spent = _spent(run)
     embedded, costs = spent.embedded, []
     if embedded:
-        clock = embedded / rates["embed"] if rates.get("embed") else None
+        clock, how = _clock(run, spent)
         about = "reading, decoding, embedding and scoring the pool; as a reference's cache, the same pass"
         # Of a board that several actors share each has counted the whole.
         joules = None if spent.joules is None else held * spent.joules
         hours = spent.actor_seconds * held / HOUR_S
-        costs.append(_cost("scoring", device, clock, hours, embedded, prices, about=about, joules=joules))
+        scoring = _cost("scoring", device, clock, hours, embedded, prices, about=about, joules=joules)
+        costs.append(scoring._replace(clock=how))
     for part, samples in (("select", embedded), ("write", run.summary.get("selected"))):
         if samples and rates.get(part):
             seconds = samples / rates[part]
@@ -125,6 +133,22 @@ def _spent(run: CurationRun) -> _Spent:
     return _Spent(embedded, seconds, None if math.isnan(joules) else joules)
 
 
+def _clock(run: CurationRun, spent: _Spent) -> tuple[float | None, str]:
+    """Seconds that embedding all that is committed took, and how they are known if not by the account of it all."""
+    rate = run.summary.get("images_per_second", {}).get("embed")
+    shards, actors = run.summary.get("shards", {}), run.recipe.get("compute", {}).get("actors")
+    if rate and shards.get("embedded_now", 0) >= shards.get("committed", 0):
+        return spent.embedded / rate, ""
+    if not spent.actor_seconds:
+        return None, ""
+    if actors:
+        return spent.actor_seconds / actors, f"time from the shards' own records, shared out evenly among {actors}"
+    if rate:
+        return spent.embedded / rate, "time at the rate of what was embedded last"
+    one = f"{charts.number(spent.embedded / spent.actor_seconds)} samples/s of one actor by the shards' own records"
+    return None, f"{one}; how many there were was not noted"
+
+
 def training_costs(
     run: TrainingRun, pool: CurationRun | None, reference: TrainingRun | None, prices: Prices
 ) -> list[Cost]:
@@ -145,12 +169,19 @@ def training_costs(
                 cost._replace(part="cache", about="embedding the pool with the reference")
                 for cost in curation_costs(pool, prices)[:1]
             ]
-    loaded, trained = (run.summary.get(name) for name in ("samples_loaded", "samples_trained"))
-    parts = (
-        ("waiting for rows", ("seconds_wait",), loaded),
-        ("scoring and selecting", SCORING, loaded),
-        ("training", ("seconds_step",), trained),
-    )
+    loaded, trained = (_total_of(run, name) for name in ("samples_loaded", "samples_trained"))
+    if scores_in_a_pool(run):
+        costs.append(_scoring_actors(run, device, loaded, prices))
+        parts = (
+            ("waiting for rows", ("seconds_wait",), loaded),
+            ("training", ("seconds_step", "seconds_ledger"), trained),
+        )
+    else:
+        parts = (
+            ("waiting for rows", ("seconds_wait",), loaded),
+            ("scoring and selecting", SCORING, loaded),
+            ("training", ("seconds_step",), trained),
+        )
     spent = [(part, _sum(run.steps, columns), samples) for part, columns, samples in parts]
     whole, joules = sum(seconds or 0.0 for _, seconds, _ in spent), _joules(run)
     for part, seconds, samples in spent:
@@ -158,6 +189,20 @@ def training_costs(
             used = joules * seconds / whole if joules is not None and whole else None
             costs.append(_cost(part, device, seconds, seconds * held / HOUR_S, samples, prices, joules=used))
     return costs
+
+
+def scores_in_a_pool(run: TrainingRun) -> bool:
+    """True if actors of their own scored for the workers."""
+    return run.recipe.get("train", {}).get("scoring") == "pool"
+
+
+def _scoring_actors(run: TrainingRun, device: str, loaded: float | None, prices: Prices) -> Cost:
+    """What the scoring actors held: a GPU each, or a core, beside the workers and for as long as these trained."""
+    actors = run.recipe.get("compute", {}).get("scoring_actors", 1)
+    seconds = _total_of(run, "seconds")
+    hours = None if seconds is None else seconds * actors / HOUR_S
+    about = f"{actors} held for the whole run, beside the workers"
+    return _cost(SCORING_ACTORS, device, seconds, hours, loaded, prices, about=about)
 
 
 def device_of(run: TrainingRun) -> str:
@@ -175,7 +220,7 @@ def needs_reference(run: TrainingRun) -> bool:
 def estimates(run: CurationRun, prices: Prices, *, table_bytes_per_row: float) -> list[Estimate]:
     """POOL_SIZES at the rates of this run's scoring; empty if it scored nothing."""
     scoring = next((cost for cost in curation_costs(run, prices) if cost.part == "scoring"), None)
-    if scoring is None or not scoring.samples or not scoring.seconds or scoring.device_hours is None:
+    if scoring is None or not scoring.samples or not scoring.device_hours:
         return []
     found = []
     for samples in POOL_SIZES:
@@ -183,7 +228,7 @@ def estimates(run: CurationRun, prices: Prices, *, table_bytes_per_row: float) -
         found.append(
             Estimate(
                 samples=samples,
-                hours=scoring.seconds * times / HOUR_S,
+                hours=None if scoring.seconds is None else scoring.seconds * times / HOUR_S,
                 device_hours=scoring.device_hours * times,
                 money=None if scoring.money is None else scoring.money * times,
                 kwh=(scoring.kwh or 0.0) * times,
@@ -195,8 +240,9 @@ def estimates(run: CurationRun, prices: Prices, *, table_bytes_per_row: float) -
 
 def _total(reference: TrainingRun, prices: Prices) -> Cost:
     whole = training_costs(reference, None, None, prices)
-    seconds, hours = (sum(getattr(cost, name) or 0.0 for cost in whole) for name in ("seconds", "device_hours"))
-    samples = reference.summary.get("samples_trained")
+    seconds = sum(cost.seconds or 0.0 for cost in whole if cost.part != SCORING_ACTORS)  # at the same time as the rest
+    hours = sum(cost.device_hours or 0.0 for cost in whole)
+    samples = _total_of(reference, "samples_trained")
     return _cost(
         "reference",
         device_of(reference),
@@ -218,7 +264,7 @@ def _cost(
     device: str,
     seconds: float | None,
     hours: float | None,
-    samples: int | None,
+    samples: float | None,
     prices: Prices,
     *,
     about: str = "",
@@ -233,10 +279,16 @@ def _cost(
 
 def _joules(run: TrainingRun) -> float | None:
     """What all steps used; None if of one it is not known, or others scored for the workers, whom no step counts."""
-    if "joules" not in run.steps.column_names or run.recipe.get("train", {}).get("scoring") == "pool":
+    if "joules" not in run.steps.column_names or scores_in_a_pool(run):
         return None
     used = run.steps["joules"].to_pylist()
     return None if None in used else float(sum(used))
+
+
+def _total_of(run: TrainingRun, column: str) -> float | None:
+    """What a run had come to at its last step, also if it did not come to its account; None if it noted no step."""
+    there = len(run.steps) and column in run.steps.column_names
+    return float(run.steps[column][-1].as_py()) if there else None
 
 
 def _sum(steps: pa.Table, columns: Sequence[str]) -> float | None:

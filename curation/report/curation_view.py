@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 
 from curation.data import manifest, storage, tables
 from curation.data.drop_reasons import DROP_REASONS
 from curation.evaluation.correlation import spearman_matrix
 from curation.recipe import Embed, Pool, Step, parse_steps
 from curation.report import costs, folder, galleries, thumbnails
-from curation.report.charts import Bars, histogram
 from curation.report.costs import Cost, Estimate, Prices
 from curation.report.folder import CurationRun, StepCount
 from curation.report.galleries import ShownGallery
@@ -24,10 +22,8 @@ from curation.report.lift import GroupTable, group_tables
 from curation.report.outcomes import DUPLICATE
 from curation.report.rating_view import RatingView, rating_views
 from curation.report.scan import Scan, scan
+from curation.report.score_views import ScoreView, score_views
 from curation.report.thumbnails import Sample
-
-BINS = 48
-PERCENTILES = (0, 5, 20, 50, 80, 95, 100)
 
 
 class Stage(NamedTuple):
@@ -49,15 +45,6 @@ class Dropped(NamedTuple):
     samples: list[Sample]
 
 
-class ScoreView(NamedTuple):
-    """A score's histogram and its percentiles, over all rows and over the kept ones."""
-
-    name: str
-    chart: Markup
-    percentiles: list[tuple[int, float, float | None]]
-    known: int
-
-
 @dataclass(frozen=True)
 class CurationView:
     """All that is shown of a run."""
@@ -67,6 +54,7 @@ class CurationView:
     embedded: int
     dropped: int
     selected: int | None
+    """Rows that were kept; None if nothing was selected yet."""
     waterfall: list[Stage]
     reasons: list[Dropped]
     scores: list[ScoreView]
@@ -89,7 +77,13 @@ class CurationView:
     @property
     def rate(self) -> float | None:
         """Images a second of the scoring pass."""
-        return self.run.summary.get("images_per_second", {}).get("embed")
+        scoring = self.scoring
+        return scoring.samples / scoring.seconds if scoring and scoring.samples and scoring.seconds else None
+
+    @property
+    def scoring(self) -> Cost | None:
+        """What the scoring pass cost; None if nothing was scored."""
+        return next((cost for cost in self.costs if cost.part == "scoring"), None)
 
 
 def curation_view(
@@ -97,19 +91,24 @@ def curation_view(
     *,
     prices: Prices,
     safety: Mapping[str, float],
+    must_have_safety: bool = False,
     group_by: Sequence[str] = (),
     beside: Mapping[str, Callable[[int], np.ndarray]] | None = None,
     with_images: bool = True,
     max_image_bytes: int,
 ) -> CurationView:
     """Read a run's tables once and say what they hold. ValueError if a column that is asked for is nowhere."""
+    for column in safety if must_have_safety else ():
+        thumbnails.check_safety_column(run.url, run.numbers, column)
     steps = _steps(run)
     found = scan(run.url, run.numbers, steps=steps, beside=beside, group_by=group_by)
     dropped = {reason: count for reason, count in found.outcomes.items() if reason in DROP_REASONS}
     read, kept = sum(found.outcomes.values()), found.outcomes["kept"]
     selected = run.summary.get("selected")
+    is_selected = selected is not None or kept > 0
     counts = folder.waterfall(run)
-    planned = galleries.galleries(found, cut=_examples(counts, found)) if with_images else []
+    cut = _examples(counts, found)
+    planned = galleries.galleries(found, cut=cut, is_selected=is_selected) if with_images else []
     rated = rating_views(run)
     of_ratings = [gallery for view in rated for gallery in view.galleries if with_images]
     shown = _samples(run, [*planned, *of_ratings], dropped if with_images else {}, found, safety, max_image_bytes)
@@ -118,14 +117,16 @@ def curation_view(
         read=read,
         embedded=found.embedded,
         dropped=sum(dropped.values()),
-        selected=kept if selected is not None else None,
+        selected=kept if is_selected else None,
         waterfall=_waterfall(counts, selected, read=read, dropped=dropped),
         reasons=_reasons(dropped, found, shown),
-        scores=[_score(name, found) for name in found.scores],
+        scores=score_views(found, steps, is_selected=is_selected),
         sampled=len(found.addresses),
         galleries=galleries.shown(planned, shown),
         ratings=[(view, galleries.shown(view.galleries if with_images else [], shown)) for view in rated],
-        groups=group_tables(found.groups, folder.audited(run), embedded=found.embedded, kept=kept),
+        groups=group_tables(found.groups, folder.audited(run), embedded=found.embedded, kept=kept)
+        if is_selected
+        else [],
         score_names=list(found.scores),
         correlation=spearman_matrix(found.scores),
         costs=costs.curation_costs(run, prices),
@@ -199,24 +200,6 @@ def _reasons(dropped: Mapping[str, int], found: Scan, shown: Mapping[int, Sample
     ]
 
 
-def _score(name: str, found: Scan) -> ScoreView:
-    """A score's histogram over the rows of the sample, kept ones apart; bins from the least to the greatest value."""
-    values = found.scores[name].astype(float)
-    known = np.isfinite(values)
-    low, high = float(values[known].min()), float(values[known].max())
-    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
-    of_kept, of_cut = (np.histogram(values[known & mask], edges)[0] for mask in (found.is_kept, ~found.is_kept))
-    is_cut = found.ranked is not None and found.ranked == (name, True) and bool((known & found.is_kept).any())
-    cut = float(values[known & found.is_kept].min()) if is_cut else None
-    chart = histogram(edges, [Bars("kept", "kept", of_kept), Bars("cut", "cut", of_cut)], x_label=name, cut=cut)
-    chosen = values[known & found.is_kept]
-    table = [
-        (q, float(np.percentile(values[known], q)), float(np.percentile(chosen, q)) if len(chosen) else None)
-        for q in PERCENTILES
-    ]
-    return ScoreView(name, chart, table, int(known.sum()))
-
-
 def _bytes_per_row(run: CurationRun, read: int) -> float:
     """Bytes of a sample table per row, from the first tables."""
     sizes = [len(storage.read_bytes(tables.url_of(run.url, number))) for number in run.numbers[:4]]
@@ -242,6 +225,8 @@ def _digests(run: CurationRun) -> dict[str, str]:
 def _warnings(run: CurationRun, read: int, kept: int) -> list[str]:
     """What a reader must know before believing the rest."""
     found = [f"the run failed: {failure}" for failure in run.summary.get("failures", [])]
+    if run.summary.get("stopped"):
+        found.append(f"the run was stopped before its work was done: {run.summary['stopped']}")
     if not run.summary:
         found.append("the run has written no account yet: it is under way, or was stopped")
     else:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.addresses import pack, row_of, shard_of
-from curation.data import manifest, offered, score_log, shard_list, storage
+from curation.data import manifest, offered, score_log, shard_list, step_log, storage
 from curation.data.pieces import Pieces
 from curation.data.shard_list import Shard
 from curation.ledger import Ledger, LedgerSpec
@@ -60,9 +60,11 @@ class TrainingRun:
     url: str
     label: str
     summary: Mapping[str, Any]
+    """Empty if the run did not come to its account."""
     whole_recipe: Mapping[str, Any]
     steps: pa.Table
     evaluations: pa.Table
+    """Both as far as the run noted them; without rows if it noted none."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -102,7 +104,7 @@ def _curation(url: str) -> CurationRun:
 
 
 def _training(url: str) -> TrainingRun:
-    tables = [_table(storage.join(url, "train", f"{name}.parquet")) for name in ("steps", "evaluations")]
+    tables = [_log(url, name) for name in ("steps", "evaluations")]
     return TrainingRun(url, _label(url), _json(url, "train", "summary.json"), _json(url, "recipe.json"), *tables)
 
 
@@ -116,10 +118,23 @@ def _json(*parts: str) -> Mapping[str, Any]:
     return manifest.read(url) if storage.exists(url) else {}
 
 
+def _log(url: str, name: str) -> pa.Table:
+    """A training log as far as it is written; without rows if nothing is.
+
+    A run merges its parts when it ends. One that was killed before has parts alone, or parts that begin after what an
+    earlier end had merged.
+    """
+    whole = storage.join(url, "train", f"{name}.parquet")
+    if not storage.exists(whole):
+        return step_log.read_parts(url, name)
+    merged = _table(whole)
+    parts = [part for part in storage.names_in(storage.join(url, "train", name)) if part.endswith(".parquet")]
+    newest = max((int(part.removesuffix(".parquet")) for part in parts), default=0)
+    last = merged["step"][-1].as_py() if len(merged) else 0
+    return step_log.read_parts(url, name) if newest > last else merged
+
+
 def _table(url: str) -> pa.Table:
-    """A log's table; without rows and columns if the run did not come to write it."""
-    if not storage.exists(url):
-        return pa.table({"step": pa.array([], pa.int64())})
     with storage.open_read(url) as file:
         return pq.read_table(file)
 

@@ -31,19 +31,21 @@ class Gallery(NamedTuple):
     """kept, cut, dropped or mixed: the page's colour."""
 
 
-def galleries(scan: Scan, *, cut: Mapping[str, list[int]] | None) -> list[Gallery]:
-    """The galleries of a curated run, without empty ones.
+def galleries(scan: Scan, *, cut: Mapping[str, list[int]] | None, is_selected: bool = True) -> list[Gallery]:
+    """The galleries of a curated run, without empty ones; before its selection none that tells kept from cut.
 
     `cut`: step -> some of the rows that it removed. Without it what was cut is shown as one, by whatever step.
     """
     found = [Gallery("Kept", "drawn at random", [scan.picks.addresses("kept", SHOWN)], "kept")]
-    if cut is None:
+    if not is_selected:
+        found = []
+    elif cut is None:
         known = {*DROP_REASONS, "kept", DUPLICATE, JUST_KEPT, JUST_CUT}
         pooled = sorted(shown for name in scan.picks.chosen.keys() - known for shown in scan.picks.chosen[name])
         found.append(Gallery("Cut", "by any step", [[shown.address for shown in pooled[:SHOWN]]], "cut"))
     else:
         found += [Gallery(f"Cut by {name}", "some of them", [rows[:SHOWN]], "cut") for name, rows in cut.items()]
-    if scan.ranked is not None and scan.ranked.has_cut:
+    if is_selected and scan.ranked is not None and scan.ranked.has_cut:
         near, by = [scan.picks.addresses(name, SHOWN) for name in (JUST_KEPT, JUST_CUT)], scan.ranked.column
         found.append(Gallery("Borderline, just kept", f"the lowest {by} that was kept", [near[0]], "kept"))
         found.append(Gallery("Borderline, just cut", f"the highest {by} that was cut", [near[1]], "cut"))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from curation.addresses import row_of, shard_of
 from curation.data import storage, tables
 from curation.recipe import OneOf, Select, Step, Threshold
+from curation.selector import PoolSelector
 
 NOT_SELECTED = "not selected"
 DUPLICATE = "duplicate_uid"
@@ -24,19 +25,24 @@ GROUPS_OF_COPIES = 24
 
 
 class Ranking(NamedTuple):
-    """The column that the last selector looks at."""
+    """The column by whose values a selector ranks rows one by one."""
 
     column: str
+    keeps_highest: bool
+    """False of a rule that draws around a middle."""
     has_cut: bool
-    """True if the rows of the highest values are kept. A rule that draws around a middle has no cut."""
+    """True if the rows of the highest values are kept, and no later selector cut among them."""
 
 
 def ranking(steps: Sequence[Step]) -> Ranking | None:
-    """How the last selector ranks; None if there is none, or it looks at nothing of a row."""
-    for step in reversed(steps):
-        if isinstance(step, Select):
-            name = getattr(step.selector(), "column", None)
-            return Ranking(name, step.name == "clip_score") if isinstance(name, str) else None
+    """How the last selector ranks that ranks by a column of numbers; those that compare rows are passed over."""
+    selects = [step for step in steps if isinstance(step, Select)]
+    for step in reversed(selects):
+        selector = step.selector()
+        name = getattr(selector, "column", None)
+        if isinstance(name, str) and isinstance(selector, PoolSelector):
+            keeps_highest = step.name == "clip_score"
+            return Ranking(name, keeps_highest, keeps_highest and step is selects[-1])
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +22,15 @@ from curation.report import charts, folder
 from curation.report.costs import HOUR_S, Prices
 from curation.report.curation_view import CurationView, curation_view
 from curation.report.folder import CurationRun, TrainingRun
+from curation.report.plain import plain
+from curation.report.thumbnails import PAGE_FULL, Sample
 from curation.report.training_view import TrainingView, training_view
 
 MAX_BYTES = 15_000_000
 IMAGE_BYTES = 11_000_000
 """Of MAX_BYTES, what thumbnails may take, over all runs."""
-MAX_TEXT = 400
-"""Characters of a caption that are shown."""
 SAFETY = {"json.punsafe": 0.5}
 TEMPLATES = Path(__file__).parent / "templates"
-BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of what follows them; marks and right-to-left letters are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,18 @@ class Wanted:
     has_prices: bool = False
     with_images: bool = True
     safety: Mapping[str, float] = field(default_factory=lambda: dict(SAFETY))
+    must_have_safety: bool = False
+    """Whether the columns of `safety` were asked for by name, and it is an error if they cannot be read."""
     group_by: Sequence[str] = ()
     command: str = ""
 
 
 def report(urls: Sequence[str], wanted: Wanted) -> str:
-    """The report of the runs in these folders, as HTML. ValueError if one holds no run, or a column is not there."""
-    runs = [run for url in urls for run in folder.load(url)]
+    """The report of the runs in these folders, as HTML; one that is named twice is in it once.
+
+    ValueError if one holds no run, or a column is not there.
+    """
+    runs = [run for url in dict.fromkeys(map(storage.absolute, urls)) for run in folder.load(url)]
     curated = [run for run in runs if isinstance(run, CurationRun)]
     trained = [run for run in runs if isinstance(run, TrainingRun)]
     memories = {run.url: memory for run in trained if (memory := folder.remembered(run)) is not None}
@@ -63,6 +65,7 @@ def report(urls: Sequence[str], wanted: Wanted) -> str:
             run,
             prices=wanted.prices,
             safety=wanted.safety,
+            must_have_safety=wanted.must_have_safety,
             group_by=wanted.group_by,
             beside={
                 f"{name} ({each.label})": read
@@ -79,8 +82,38 @@ def report(urls: Sequence[str], wanted: Wanted) -> str:
     return render(views, training, wanted)
 
 
+class Pictures:
+    """Thumbnails as the page places them, one after the other, until `left` bytes are spent."""
+
+    def __init__(self, left: int):
+        self.left, self.placed = left, 0
+
+    def place(self, sample: Sample) -> str | None:
+        """The sample's picture, if it has one and there is room for it."""
+        size = len(sample.image or "")
+        if size > self.left:
+            return None
+        self.left, self.placed = self.left - size, self.placed + size
+        return sample.image
+
+
 def render(views: Sequence[CurationView], training: TrainingView | None, wanted: Wanted) -> str:
-    """The page of these views. ValueError if it comes out larger than MAX_BYTES."""
+    """The page of these views; with fewer pictures if it would be larger than MAX_BYTES, ValueError if none is left."""
+    left = MAX_BYTES
+    while True:
+        pictures = Pictures(left)
+        html = _laid_out(views, training, wanted, pictures)
+        size = len(html.encode())
+        if size <= MAX_BYTES:
+            return html
+        if not pictures.placed:
+            raise ValueError(
+                f"the report has {size:,} bytes, more than {MAX_BYTES:,}: report fewer runs at a time, or --no-images"
+            )
+        left = max(0, pictures.placed - (size - MAX_BYTES))
+
+
+def _laid_out(views: Sequence[CurationView], training: TrainingView | None, wanted: Wanted, pictures: Pictures) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -98,9 +131,10 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         "lift_bar": lift_bar,
         "energy": energy,
     }
+    environment.globals |= {"picture": pictures.place, "page_full": PAGE_FULL}
     style, script = ((TEMPLATES / name).read_text() for name in ("page.css", "calculator.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    html = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         views=views,
         training=training,
         wanted=wanted,
@@ -111,11 +145,6 @@ def render(views: Sequence[CurationView], training: TrainingView | None, wanted:
         seeds_of=seeds_of,
         title=" · ".join([view.run.label for view in views] or ["training"]),
     )
-    if (size := len(html.encode())) > MAX_BYTES:
-        raise ValueError(
-            f"the report has {size:,} bytes, more than {MAX_BYTES:,}: report fewer runs at a time, or --no-images"
-        )
-    return html
 
 
 def _method_of(run: TrainingRun) -> str:
@@ -139,16 +168,6 @@ def _reference_of(pool: CurationRun | None, trained: Sequence[TrainingRun]) -> T
     if known is not None or url == checkpoint or not storage.exists(storage.join(url, "recipe.json")):
         return known
     return next((each for each in folder.load(url) if isinstance(each, TrainingRun)), None)
-
-
-def plain(text: Any, most: int = MAX_TEXT) -> str:
-    """Text that stays in its place: control characters and turns of direction are U+FFFD, and it is cut at `most`."""
-    shown = "".join("\ufffd" if _is_control(character) else character for character in str(text)[: most + 1])
-    return shown if len(shown) <= most else shown[:most].rstrip() + "…"
-
-
-def _is_control(character: str) -> bool:
-    return character in BIDI_CONTROLS or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
 
 
 def hours(seconds: float) -> str:

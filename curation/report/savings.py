@@ -8,7 +8,7 @@ there is compared at its own best instead, which makes the saving what it is: ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ class Saving(NamedTuple):
 
 def savings(arm: Arm, uniform: Arm, metric: str) -> list[Saving]:
     """What `arm` saves against `uniform` on each axis, paired by seed; empty where no seed was measured in both."""
-    pairs = _pairs(arm, uniform)
+    pairs = _pairs(arm, uniform, metric)
     if not pairs or any(not len(mine) or not len(theirs) for mine, theirs in pairs):
         return []
     found = []
@@ -46,10 +46,28 @@ def savings(arm: Arm, uniform: Arm, metric: str) -> list[Saving]:
     return found
 
 
-def _pairs(arm: Arm, uniform: Arm) -> list[tuple[pa.Table, pa.Table]]:
-    """The evaluations of both at each seed that both have."""
+def rival_of(arm: Arm, uniforms: Sequence[Arm]) -> Arm | None:
+    """Which uniform arm an arm is held against: one of the same pool and number of steps, else the first.
+
+    None if there is none, or it is the arm itself.
+    """
+    alike = [each for each in uniforms if _setting(each) == _setting(arm)]
+    rival = next(iter([*alike, *uniforms]), None)
+    return None if rival is arm else rival
+
+
+def _setting(arm: Arm) -> tuple[Any, Any]:
+    recipe = arm.runs[0].recipe
+    return recipe.get("data", {}).get("run"), recipe.get("train", {}).get("num_steps")
+
+
+def _pairs(arm: Arm, uniform: Arm, metric: str) -> list[tuple[pa.Table, pa.Table]]:
+    """The evaluations of both at each seed that both have, where the metric is known."""
     mine, theirs = (
-        {run.recipe.get("seed"): table for run, table in zip(each.runs, each.tables(), strict=True)}
+        {
+            run.recipe.get("seed"): table.filter(pa.array(np.isfinite(np.array(table[metric].to_pylist(), float))))
+            for run, table in zip(each.measured, each.tables(), strict=True)
+        }
         for each in (arm, uniform)
     )
     return [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from curation.addresses import row_of, shard_of
@@ -26,6 +28,7 @@ from curation.data.shards import read_sample_members
 SIDE = 144
 """Pixels of a thumbnail's longer side: sharp enough at the 130 CSS px at which it is shown, 3 to 4 kB."""
 QUALITY = 60
+PAGE_FULL = "left out: the page is full"
 COLUMNS = ("address", "uid", "key", "shard", "offset", "status", "reason", "caption", "width", "height", "sha256")
 
 
@@ -58,23 +61,27 @@ def samples(
     safety: Mapping[str, float],
     max_bytes: int,
 ) -> dict[int, Sample]:
-    """The samples at these addresses. `safety`: column -> the value above which an image is veiled.
+    """The samples at these addresses. `safety`: column -> the value above which an image is veiled; one that says what
+    is no number is veiled too.
 
-    Once the thumbnails come to `max_bytes`, the rest are placeholders. An unreadable table is an error, an unreadable
-    shard is not.
+    Thumbnails come to `max_bytes` at most, each as often as its address is named, for as often the page holds it; the
+    rest are placeholders. An unreadable table is an error, an unreadable shard is not.
     """
     found: dict[int, Sample] = {}
     left = max_bytes
-    wanted = np.unique(np.fromiter(addresses, np.int64))
+    times = Counter(addresses)
+    wanted = np.unique(np.fromiter(times, np.int64))
     for number in np.unique(shard_of(wanted)).tolist():
         here = wanted[shard_of(wanted) == number]
         known = set(tables.column_names(run, number))
         extra = [name for name in dict.fromkeys([*scores, *safety]) if name in known and name not in COLUMNS]
         for row in row_of(here).tolist():
-            read = tables.read(run, number, [*COLUMNS, *extra], rows=range(row, row + 1)).to_pylist()[0]
-            image, why = _thumbnail(read, rules, max_pixels) if left > 0 else (None, "left out: the page is full")
-            left -= len(image or "")
-            values = {name: _number(read.get(name)) for name in dict.fromkeys([*scores, *safety])}
+            table = tables.read(run, number, [*COLUMNS, *extra], rows=range(row, row + 1))
+            read = table.to_pylist()[0]
+            image, why = _thumbnail(read, rules, max_pixels) if left > 0 else (None, PAGE_FULL)
+            if len(image or "") * times[read["address"]] > left:
+                image, why = None, PAGE_FULL
+            left -= len(image or "") * times[read["address"]]
             found[read["address"]] = Sample(
                 address=read["address"],
                 uid=read["uid"],
@@ -83,12 +90,35 @@ def samples(
                 reason=read["reason"],
                 width=read["width"],
                 height=read["height"],
-                scores={name: values[name] for name in scores},
-                unsafe=any((values[name] or 0.0) > limit for name, limit in safety.items()),
+                scores={name: _number(read.get(name)) for name in scores},
+                unsafe=any(_is_unsafe(table[name], limit) for name, limit in safety.items() if name in known),
                 image=image,
                 why_none=why,
             )
     return found
+
+
+def check_safety_column(run: str, numbers: Sequence[int], name: str) -> None:
+    """ValueError unless some table has the column, and a number in it: otherwise nothing could ever be veiled by it."""
+    is_there = False
+    for number in numbers:
+        if name in tables.column_names(run, number):
+            is_there = True
+            if np.isfinite(tables.numbers_in(tables.read(run, number, [name])[name])).any():
+                return
+    if is_there:
+        raise ValueError(f"--safety-column {name!r} holds no number in any table of {run}")
+    if numbers:
+        known = sorted(tables.column_names(run, numbers[0]))
+        raise ValueError(f"--safety-column {name!r}: no table of {run} has such a column, they have {known}")
+
+
+def _is_unsafe(value: pa.ChunkedArray, limit: float) -> bool:
+    """Whether the one value of a column is above the limit, as selection reads it, or is there and is no number."""
+    number = tables.numbers_in(value)[0]
+    if np.isnan(number):
+        return value[0].as_py() is not None and not pa.types.is_floating(value.type)  # a float that is NaN is no value
+    return bool(number > limit)
 
 
 def _number(value: Any) -> float | None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curation.numerics.intervals import Interval, t_interval
 from curation.report import costs
-from curation.report.charts import MAX_POINTS, Line
+from curation.report.charts import MAX_POINTS, Line, look
 from curation.report.costs import Prices
 from curation.report.curves import AXES, Curve
 from curation.report.folder import CurationRun, TrainingRun
@@ -37,6 +37,7 @@ class Arm:
     not_counted: Sequence[str]
     """What was spent before and is not known."""
     colour: int
+    dash: int
 
     @property
     def is_uniform(self) -> bool:
@@ -44,12 +45,23 @@ class Arm:
         recipe = self.runs[0].recipe
         return recipe.get("method", {}).get("name") == "uniform" and not recipe.get("train", {}).get("filter_ratio")
 
+    @property
+    def look(self) -> str:
+        """The style sheet's classes for the arm's curves, and for the squares that stand for them."""
+        return f"s{self.colour} d{self.dash}"
+
+    @property
+    def measured(self) -> list[TrainingRun]:
+        """The seeds that were evaluated at all."""
+        return [run for run in self.runs if len(run.evaluations)]
+
     def tables(self) -> list[pa.Table]:
-        """The seeds' evaluations at the steps where all of them were measured."""
-        common = set.intersection(*(set(run.evaluations["step"].to_pylist()) for run in self.runs))
+        """The measured seeds' evaluations, at the steps where all of them were measured."""
+        steps = [run.evaluations["step"].to_pylist() for run in self.measured]
+        common = set.intersection(*map(set, steps)) if steps else set()
         return [
-            run.evaluations.filter(pa.array([step in common for step in run.evaluations["step"].to_pylist()]))
-            for run in self.runs
+            run.evaluations.filter(pa.array([step in common for step in its_steps], pa.bool_()))
+            for run, its_steps in zip(self.measured, steps, strict=True)
         ]
 
     def curve(self) -> Curve:
@@ -57,10 +69,31 @@ class Arm:
         return Curve(self.label, self.tables(), self.before)
 
     def last(self, column: str) -> Interval | None:
-        """Mean and interval over seeds of a column's last value; None where a seed has none."""
-        values = [last_of(run.evaluations, column) for run in self.runs]
-        known = [value for value in values if value is not None]
-        return t_interval(known) if len(known) == len(values) else None
+        """Mean and interval over the measured seeds of a column at their last common step; None where one has none."""
+        values = [last_of(table, column) for table in self.tables()]
+        known = [value for value in values if value is not None and np.isfinite(value)]
+        return t_interval(known) if known and len(known) == len(values) else None
+
+    def total(self, column: str) -> float | None:
+        """Mean over seeds of what each had spent at its last step, as far as they noted it."""
+        known = [spent for run in self.runs if (spent := last_of(run.steps, column)) is not None]
+        return float(np.mean(known)) if known else None
+
+    def short(self) -> list[str]:
+        """Which seeds did not come as far as the others, and at which step they are compared therefore."""
+        ends = [int(last_of(run.steps, "step") or 0) for run in self.runs]
+        told = [
+            f"seed {run.recipe.get('seed')} came to step {end} of {max(ends)}"
+            for run, end in zip(self.runs, ends, strict=True)
+            if end < max(ends)
+        ]
+        if not self.measured:
+            return told
+        told += [f"seed {run.recipe.get('seed')} was never measured" for run in self.runs if not len(run.evaluations)]
+        compared = last_of(self.tables()[0], "step")
+        if any(last_of(run.evaluations, "step") != compared for run in self.measured):
+            told.append("measured at no common step" if compared is None else f"measured at step {compared:.0f}")
+        return told
 
 
 def arms(
@@ -72,9 +105,10 @@ def arms(
         grouped.setdefault(run.arm, []).append(run)
     labels = _labels([seeds[0] for seeds in grouped.values()])
     found = []
-    for colour, (label, seeds) in enumerate(zip(labels, grouped.values(), strict=True)):
-        before, unknown = _before(seeds[0], pools.get(seeds[0].url), references.get(seeds[0].url))
-        found.append(Arm(label, seeds, before, unknown, colour))
+    for place, (label, seeds) in enumerate(zip(labels, grouped.values(), strict=True)):
+        noted = next((run for run in seeds if len(run.steps)), seeds[0])
+        before, unknown = _before(noted, pools.get(noted.url), references.get(noted.url))
+        found.append(Arm(label, seeds, before, unknown, *look(place)))
     return found
 
 
@@ -98,7 +132,7 @@ def curve_lines(found: Sequence[Arm], axis: str, metric: str) -> list[Line]:
     """A line for each arm: the mean over seeds, in the band of its 95% t interval."""
     lines = []
     for arm in found:
-        if not all(len(table) for table in arm.tables()):
+        if not any(len(table) for table in arm.tables()):
             continue
         cost_E, values_SE = arm.curve().along(axis, metric)
         lines.append(_banded(arm, cost_E, values_SE))
@@ -108,12 +142,13 @@ def curve_lines(found: Sequence[Arm], axis: str, metric: str) -> list[Line]:
 def step_lines(found: Sequence[Arm], column: str) -> list[Line]:
     """A line for each arm of a column of the step log, over samples trained, as `curve_lines` are.
 
+    It ends where the first of the seeds that noted anything ends.
     Stretches of steps are averaged within a seed first: an interval of single steps would be one of their noise.
     """
     lines = []
     for arm in found:
-        logs = [run.steps for run in arm.runs if column in run.steps.column_names and len(run.steps)]
-        if len(logs) < len(arm.runs):
+        logs = [run.steps for run in arm.runs if len(run.steps)]
+        if not logs or any(column not in log.column_names for log in logs):
             continue
         length = min(map(len, logs))
         x = _stretches(np.asarray(logs[0]["samples_trained"].to_pylist()[:length], float))
@@ -136,12 +171,12 @@ def _stretches(values: np.ndarray) -> np.ndarray:
 def _banded(arm: Arm, x: np.ndarray, values_SE: np.ndarray) -> Line:
     """The mean over seeds, in the band of its 95% t interval if there are several."""
     if len(values_SE) == 1:
-        return Line(arm.label, x, values_SE[0], arm.colour)
+        return Line(arm.label, x, values_SE[0], arm.colour, dash=arm.dash)
     mean = values_SE.mean(axis=0)
     known = np.isfinite(mean)
     half = np.full(len(mean), np.nan)
     half[known] = [t_interval(column.tolist()).half_width for column in values_SE.T[known]]
-    return Line(arm.label, x, mean, arm.colour, mean - half, mean + half)
+    return Line(arm.label, x, mean, arm.colour, mean - half, mean + half, arm.dash)
 
 
 def _before(

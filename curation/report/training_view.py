@@ -19,7 +19,7 @@ from curation.report.charts import Line, Panel, line_chart
 from curation.report.costs import Cost, Prices
 from curation.report.curves import AXES
 from curation.report.folder import CurationRun, Remembered, TrainingRun
-from curation.report.savings import Saving, savings
+from curation.report.savings import Saving, rival_of, savings
 from curation.report.training import Arm
 
 NARROW = 272
@@ -34,22 +34,31 @@ STEP_COLUMNS = (
 
 
 class ArmView(NamedTuple):
-    """A row of the table of arms."""
+    """A row of the table of arms: means over its seeds, and which of them are short of the others."""
 
     arm: Arm
-    steps: int
+    steps: float | None
     loaded: float | None
     trained: float | None
     flops: float | None
     seconds: float | None
     values: list[tuple[str, Interval | None]]
+    short: list[str]
+
+
+class SavingView(NamedTuple):
+    """What an arm saves against the uniform arm that is its rival."""
+
+    arm: Arm
+    rival: Arm
+    found: list[Saving]
 
 
 class UsageView(NamedTuple):
     """How often one arm used its samples, at its first seed."""
 
     label: str
-    colour: int
+    look: str
     offered: int
     used: int
     uses: int
@@ -66,11 +75,13 @@ class TrainingView:
     steps: list[Panel]
     usage: list[UsageView]
     usage_chart: Markup
-    savings: list[tuple[Arm, list[Saving]]]
+    savings: list[SavingView]
     costs: list[tuple[Arm, list[Cost]]]
     recipes: list[tuple[str, str, Mapping[str, Any]]]
     """Label, recipe as JSON, and all that stands beside it."""
     commands: list[str]
+    warnings: list[tuple[str, str]]
+    """Label of a run, and what a reader must know of it before believing the rest."""
 
     @property
     def has_bands(self) -> bool:
@@ -108,8 +119,6 @@ def training_view(
             training.step_lines(arms, column), x_label="samples trained", y_label=title, as_share=as_share
         )
         steps += [Panel(title, chart)] if chart else []
-    uniform = next((arm for arm in arms if arm.is_uniform), None)
-    saved = [(arm, savings(arm, uniform, metric)) for arm in arms if arm is not uniform] if uniform and metric else []
     usage, lines = _usage(arms, memories)
     return TrainingView(
         arms=[_arm_view(arm, metrics) for arm in arms],
@@ -120,12 +129,11 @@ def training_view(
         usage_chart=line_chart(
             lines, x_label="samples, most used first (%)", y_label="share of all uses", as_share=True
         ),
-        savings=[(arm, found) for arm, found in saved if found],
+        savings=_savings(arms, metric) if metric else [],
         costs=[(arm, _costs(arm, pools, references, prices)) for arm in arms],
         recipes=[(run.label, json.dumps(run.recipe, indent=1, ensure_ascii=False), run.whole_recipe) for run in runs],
-        commands=[
-            f"python -m jobs.train {shlex.quote(storage.join(run.url, 'recipe.json'))} --output AGAIN" for run in runs
-        ],
+        commands=[_command(run) for run in runs],
+        warnings=[(run.label, warning) for run in runs for warning in _warnings(run)],
     )
 
 
@@ -134,17 +142,40 @@ def _command(run: TrainingRun) -> str:
     return f"python -m jobs.train {shlex.quote(storage.join(run.url, 'recipe.json'))} --output AGAIN"
 
 
+def _warnings(run: TrainingRun) -> list[str]:
+    """What is unfinished of a run or was found wrong with it, as its own account has it."""
+    summary, done = run.summary, int(training.last_of(run.steps, "step") or 0)
+    found = [f"the run failed: {failure}" for failure in summary.get("failures", [])]
+    if not summary:
+        wanted = run.recipe.get("train", {}).get("num_steps", "?")
+        found.append(
+            f"the run has written no account, after {done:,} of {wanted} steps: it is under way, or was stopped"
+        )
+    elif summary.get("stopped"):
+        found.append(f"the run was stopped at step {summary.get('steps', done):,}: {summary['stopped']}")
+    if done > summary.get("steps", done):
+        found.append(f"its log goes on to step {done:,}: it is under way again, or was killed after its account")
+    return found + list(summary.get("warnings", []))
+
+
+def _savings(arms: Sequence[Arm], metric: str) -> list[SavingView]:
+    uniforms = [arm for arm in arms if arm.is_uniform]
+    pairs = [(arm, rival) for arm in arms if (rival := rival_of(arm, uniforms)) is not None]
+    saved = [SavingView(arm, rival, savings(arm, rival, metric)) for arm, rival in pairs]
+    return [each for each in saved if each.found]
+
+
 def _arm_view(arm: Arm, metrics: Sequence[str]) -> ArmView:
-    table = arm.runs[0].steps
-    totals = {name: training.last_of(table, name) for name in AXES}
+    totals = {name: arm.total(name) for name in AXES}
     return ArmView(
         arm,
-        len(table),
+        arm.total("step"),
         totals["samples_loaded"],
         totals["samples_trained"],
         totals["flops"],
         totals["seconds"],
         [(metric, arm.last(metric)) for metric in metrics],
+        arm.short(),
     )
 
 
@@ -155,11 +186,11 @@ def _usage(arms: Sequence[Arm], memories: Mapping[str, Remembered]) -> tuple[lis
         if memory is None or not memory.usage[1:].sum():
             continue
         samples, uses = training.lorenz(memory.usage)
-        lines.append(Line(arm.label, 100 * samples, uses, arm.colour))
+        lines.append(Line(arm.label, 100 * samples, uses, arm.colour, dash=arm.dash))
         found.append(
             UsageView(
                 arm.label,
-                arm.colour,
+                arm.look,
                 offered=int(memory.usage.sum()),
                 used=int(memory.usage[1:].sum()),
                 uses=int((memory.usage * np.arange(len(memory.usage))).sum()),

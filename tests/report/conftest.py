@@ -177,6 +177,8 @@ def write_training(tmp_path: Path) -> Callable[..., Path]:
         usage: Sequence[int] | None = None,
         joules: Sequence[float | None] | None = None,
         device: str = "cpu",
+        scoring: str = "trainer",
+        scoring_actors: int = 1,
     ) -> Path:
         run = tmp_path / name
         (run / "train").mkdir(parents=True)
@@ -198,8 +200,8 @@ def write_training(tmp_path: Path) -> Callable[..., Path]:
             {
                 "method": {"name": method},
                 "data": {"run": str(data_run or "")},
-                "train": {"sub_batch": 10, "filter_ratio": ratio, "num_steps": len(recall)},
-                "compute": {"device": device},
+                "train": {"sub_batch": 10, "filter_ratio": ratio, "num_steps": len(recall), "scoring": scoring},
+                "compute": {"device": device, "scoring_actors": scoring_actors},
                 "learner": {"model": "nano", "seed": seed},
                 "output": str(run),
                 "seed": seed,

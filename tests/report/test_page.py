@@ -15,7 +15,8 @@ import pytest
 
 from curation.report import page, thumbnails
 from curation.report.costs import Prices
-from curation.report.page import Wanted, plain, report
+from curation.report.page import Wanted, report
+from curation.report.plain import plain
 from jobs import report as job
 from tests.report.conftest import Row
 
@@ -116,7 +117,9 @@ HOSTILE = [
 
 
 def test_hostile_captions_fields_and_keys_are_text(write_run) -> None:
-    rows = [Row(text, {"language": text, "url": text, "domain": text, text[:50]: text}, score=1.0) for text in HOSTILE]
+    fields = [{"language": text, "url": text, "domain": text, text[:50]: 0.5} for text in HOSTILE]
+    fields[4] |= {f"{HOSTILE[4]}.cluster": "a group"}
+    rows = [Row(text, named, score=1.0) for text, named in zip(HOSTILE, fields, strict=True)]
     run = write_run("run", [rows, rows], keep=len(HOSTILE), name="<script>alert(5)</script>")
     shown = made(run, group_by=["json.language"])
     assert shown.count("script") == 1  # the calculator
@@ -168,6 +171,41 @@ def test_a_run_that_was_stopped_before_its_account_says_so(write_run) -> None:
         (run / name).unlink()
     shown = made(run)
     assert shown.number("read") == 2 and "written no account yet" in shown.html
+    assert not {("0", "cut"), ("0", "kept")} & shown.facts.keys()
+    assert "Borderline" not in shown.html and 'class="lift"' not in shown.html and "Cut by" not in shown.html
+    assert "<title>not selected yet</title>" in shown.html and "<title>cut</title>" not in shown.html
+
+
+def test_a_curated_run_that_was_stopped_says_why(write_run) -> None:
+    run = write_run("run", [[Row()]])
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "stopped": "SIGTERM"}))
+    assert "the run was stopped before its work was done: SIGTERM" in made(run).html
+
+
+@pytest.mark.parametrize("value", [1.7e18, -1e30, 3e38, 1e-40, 0.25])
+def test_a_constant_of_any_size_is_drawn(write_run, value) -> None:
+    shown = made(write_run("run", [[Row(str(place), {"constant": value}) for place in range(3)]], keep=1))
+    chart = shown.html.partition('aria-label="histogram of json.constant"')[2].partition("</svg>")[0]
+    shapes = re.findall(r'(?:points|d|x|y)="([^"]*)"', chart)
+    numbers = [float(found) for shape in shapes for found in re.findall(r"-?[\d.]+|nan|inf", shape)]
+    assert numbers and all(-1 <= number <= 361 for number in numbers)
+
+
+def cut_labels(shown: Page, score: str) -> list[str]:
+    chart = shown.html.partition(f'aria-label="histogram of {score}"')[2].partition("</svg>")[0]
+    return re.findall(r'class="cut-label"[^>]*>([^<]*)', chart)
+
+
+def test_every_cut_is_marked_on_the_scores_that_it_cuts(write_run) -> None:
+    rows = [Row(f"{place}", {"aesthetic": place / 10}, score=place / 10) for place in range(10)]
+    limits = [{"column": "json.aesthetic", "at_least": 0.25}, {"column": "json.aesthetic", "at_most": 0.8}]
+    select = {"method": {"name": "clip_score"}, "keep": 3}
+    shown = made(write_run("a", [rows], keep=3, selection=[*limits, select]))
+    assert cut_labels(shown, "json.aesthetic") == ["at least 0.25", "at most 0.8"]
+    assert cut_labels(shown, "clip_score") == ["cut 0.7"] and "Borderline" in shown.html
+    then_compared = made(write_run("b", [rows], keep=3, selection=[select, {"method": {"name": "semantic_dedup"}}]))
+    assert cut_labels(then_compared, "clip_score") == ["lowest kept 0.7"] and "Borderline" not in then_compared.html
 
 
 def test_unsafe_pictures_are_veiled_until_clicked(write_run) -> None:
@@ -218,13 +256,60 @@ def test_training_alone_and_a_failed_one_have_a_report(write_training) -> None:
     assert "Arms" in made(run).html
 
 
+def test_what_is_unfinished_of_a_training_run_is_said(write_training) -> None:
+    killed, failed = write_training("killed", [0.1]), write_training("failed", [0.1, 0.2], method="jest", ratio=0.5)
+    (killed / "train" / "summary.json").unlink()
+    told = {"failures": ["rank 0: NaN"], "stopped": "SIGTERM", "warnings": ["9 held-out samples are in the pool"]}
+    (failed / "train" / "summary.json").write_text(json.dumps({**told, "format_version": 1}))
+    text = " ".join(made(killed, failed).texts)
+    assert "killed: the run has written no account, after 1 of 1 steps: it is under way, or was stopped" in text
+    for said in ("the run failed: rank 0: NaN", "stopped at step 2: SIGTERM", "9 held-out samples are in the pool"):
+        assert f"failed: {said}" in text or f"failed: the run was {said}" in text
+
+
+def test_the_rival_stands_in_the_row_of_what_is_saved(write_training, tmp_path) -> None:
+    runs = [
+        write_training("ua", [0.1, 0.2], data_run=tmp_path / "a"),
+        write_training("ub", [0.5, 0.6], data_run=tmp_path / "b"),
+        write_training("jb", [0.6, 0.7], data_run=tmp_path / "b", method="jest", ratio=0.5),
+    ]
+    shown = made(*runs)
+    assert "against uniform, 2 steps" in "".join(shown.texts) and "ub), 1 seed" in "".join(shown.texts)
+    assert shown.savings["samples_trained"] == pytest.approx(0.5)  # of 20 rows: against the other pool's, it has 0
+
+
+def test_a_run_that_is_named_twice_is_one(write_run, write_training) -> None:
+    run, seed = write_run("run", [mixed(5)], keep=2), write_training("seed", [0.1, 0.2])
+    again = Path(f"{seed}/../seed")
+    assert "2 seeds" not in made(seed, again).html
+    assert made(run, run).count("article") == made(run).count("article")
+
+
+def test_eight_arms_have_eight_looks_that_the_style_sheet_knows(write_training) -> None:
+    shown = made(*(write_training(f"run{steps}", [0.1] * steps) for steps in range(2, 10)))
+    looks = dict.fromkeys(re.findall(r'class="line (s\d+ d\d+)"', shown.html))
+    assert len(looks) == 8 and set(re.findall(r'class="swatch ([^"]*)"', shown.html)) == set(looks)
+    style = shown.html.partition("<style>")[2].partition("</style>")[0]
+    for look in looks:
+        colour, dash = look.split()
+        assert f".line.{colour} " in style and f".swatch.{colour}" in style
+        assert dash == "d0" or (f".line.{dash} " in style and f":is(.swatch, .key i).{dash} " in style)
+
+
 def test_the_size_is_limited(write_run, monkeypatch) -> None:
     run = write_run("run", [mixed(30)], keep=9)
     whole = made(run)
     assert len(whole.html.encode()) < page.MAX_BYTES
-    monkeypatch.setattr(page, "IMAGE_BYTES", 3_000)
-    less = made(run)
+    pictures = sum(len(attrs["src"] or "") for tag, attrs in whole.tags if tag == "img")
+    with monkeypatch.context() as smaller:
+        smaller.setattr(page, "IMAGE_BYTES", pictures // 2)
+        less = made(run)
     assert 0 < less.count("img") < whole.count("img") and "the page is full" in less.html
+    assert sum(len(attrs["src"] or "") for tag, attrs in less.tags if tag == "img") <= pictures // 2
+    monkeypatch.setattr(page, "MAX_BYTES", len(whole.html.encode()) - pictures // 2)
+    fitting = made(run)
+    assert len(fitting.html.encode()) <= page.MAX_BYTES
+    assert 0 < fitting.count("img") < whole.count("img") and "the page is full" in fitting.html
     monkeypatch.setattr(page, "MAX_BYTES", 10_000)
     with pytest.raises(ValueError, match="more than 10,000: report fewer runs at a time, or --no-images"):
         made(run)
@@ -236,6 +321,19 @@ def test_money_comes_from_the_price_file_and_is_left_out_without_one(write_run, 
     shown = made(run, prices=Prices(currency="CHF", cpu_core_hour=3600.0), has_prices=True)
     # One shard kept its actor busy for 1 + 2.5 + 0.5 s, at 1 CHF a second.
     assert ">CHF<" in shown.html and ">4<" in shown.html
+
+
+def test_a_rerun_that_embeds_nothing_still_has_rates_and_estimates(write_run) -> None:
+    run = write_run("run", [mixed(7)], compute={"actors": 1})
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"images_per_second": {}, "shards": {"committed": 1, "embedded_now": 0}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    shown = made(run)
+    assert "by the shards' records" in "".join(shown.texts) and "The same on other pools" in shown.html
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["recipe"]["compute"]["actors"] = None
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    assert "how many there were was not noted" in made(run).html and "The same on other pools" in made(run).html
 
 
 def test_energy_says_whether_it_was_measured(write_run) -> None:
@@ -281,6 +379,8 @@ def test_the_command_writes_the_page_into_the_run(write_run, tmp_path, capsys) -
     assert "summary.json is no run's folder" in capsys.readouterr().err
     assert job.main([str(run), "--output", str(run / "summary.json" / "page.html")]) == 2
     assert "summary.json" in capsys.readouterr().err
+    assert job.main([str(run), "--safety-column", "json.typo"]) == 2
+    assert "no table of" in capsys.readouterr().err
     assert job.main([str(run), "--by", "json.colour"]) == 2
     assert "no table has such a column" in capsys.readouterr().err
     (tmp_path / "prices.json").write_text(json.dumps({"gpu_hour": -1}))

@@ -11,7 +11,7 @@ from PIL import Image
 from curation.data import tables
 from curation.data.read_rules import ReadRules
 from curation.report import thumbnails
-from curation.report.thumbnails import SIDE, Sample, encode, samples
+from curation.report.thumbnails import SIDE, Sample, check_safety_column, encode, samples
 from tests.report.conftest import Row, picture
 
 
@@ -72,6 +72,34 @@ def test_only_what_is_above_the_limit_is_unsafe(write_run) -> None:
     run = write_run("run", [[Row(fields={"punsafe": value}) for value in (0.4, 0.5, 0.6, None)]])
     found = shown(run, 0, 1, 2, 3, safety={"json.punsafe": 0.5})
     assert [found[row].unsafe for row in range(4)] == [False, False, True, False]
+
+
+def test_one_odd_value_makes_text_of_a_column_and_its_numbers_count_all_the_same(write_run) -> None:
+    values = (0.4, "0.99", 0.6, "n/a", "", None, True)
+    run = write_run("run", [[Row(fields={"punsafe": value}) for value in values]])
+    assert tables.read(str(run), 0, ["json.punsafe"])["json.punsafe"].type == pa.string()
+    found = shown(run, *range(7), safety={"json.punsafe": 0.5})
+    assert [found[row].unsafe for row in range(7)] == [False, True, True, True, True, False, True]
+    nothing = write_run("nan", [[Row(fields={"punsafe": value}) for value in (0.1, float("nan"))]])
+    assert not shown(nothing, 1, safety={"json.punsafe": 0.5})[1].unsafe
+
+
+def test_a_safety_column_that_can_veil_nothing_is_refused(write_run) -> None:
+    run = str(write_run("run", [[Row(fields={"NSFW": "NSFW", "p": "0.7"})], [Row(fields={"p": 0.2})]]))
+    check_safety_column(run, [0, 1], "json.p")
+    check_safety_column(run, [], "json.p")
+    with pytest.raises(ValueError, match="'json.nsfw': no table of .* has such a column, they have .*'json.NSFW'"):
+        check_safety_column(run, [0, 1], "json.nsfw")
+    with pytest.raises(ValueError, match="'json.NSFW' holds no number in any table"):
+        check_safety_column(run, [0, 1], "json.NSFW")
+
+
+def test_a_picture_is_charged_as_often_as_it_is_placed(write_run) -> None:
+    run = write_run("run", [[Row(), Row()]])
+    size = len(shown(run, 0)[0].image or "")
+    assert shown(run, 0, max_bytes=size)[0].image
+    assert shown(run, 0, 0, max_bytes=2 * size - 1)[0].why_none == "left out: the page is full"
+    assert [bool(each.image) for each in shown(run, 0, 0, 1, max_bytes=2 * size).values()] == [True, False]
 
 
 @pytest.mark.parametrize(("mode", "comes_as"), [("RGBA", "RGBA"), ("L", "RGB"), ("CMYK", "RGB"), ("P", "RGB")])
