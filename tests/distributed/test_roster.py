@@ -37,7 +37,8 @@ def test_a_slow_model_costs_no_shard_whoever_hears_first_of_the_workers_that_a_l
     kept.begin(worker("0"), "shard", 0)
     kept.begin(worker("elsewhere"), "shard", 1)
     for number in range(MAX_DEATHS):
-        asked.clear(), elsewhere.clear()
+        asked.clear()
+        elsewhere.clear()
         look = threading.Thread(target=kept.look, args=("run",), kwargs={"wedged_after_s": 8.0})
         look.start()
         assert asked.wait(30)
@@ -45,6 +46,7 @@ def test_a_slow_model_costs_no_shard_whoever_hears_first_of_the_workers_that_a_l
         begin.start()
         begin.join(0.2)
         elsewhere.set()
-        look.join(30), begin.join(30)
+        look.join(30)
+        begin.join(30)
         assert not look.is_alive() and not begin.is_alive()
     assert kept.verdict("run", 0) == Verdict()
