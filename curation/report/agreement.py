@@ -40,8 +40,8 @@ class Agreement(NamedTuple):
 
 
 def agreement(seeds: Sequence[str], *, only: Sequence[str] = (), typicality: str | None = None) -> Agreement:
-    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing, or two
-    of them share a run.
+    """The agreement over seeds, each given as RUN or RUN+TRAINING+TRAINING. ValueError if one is no such thing, or has
+    no run of its own.
 
     `only`: the scores that are compared, by default all that `scan` reads. `typicality`: a column of vectors whose
     typicality is one more score.
@@ -62,10 +62,15 @@ def agreement(seeds: Sequence[str], *, only: Sequence[str] = (), typicality: str
 
 
 def _check_apart(seeds: Sequence[str]) -> None:
-    """ValueError if a run is named twice: one that is counted as two seeds makes intervals narrower than they are."""
-    named = [storage.absolute(url).rstrip("/") for seed in seeds for url in seed.split(BETWEEN_RUNS)]
-    if twice := [url for url, count in Counter(named).items() if count > 1]:
-        raise ValueError(f"{twice[0]} is named twice: each seed must be of runs of its own")
+    """ValueError if a seed has no run of its own: counted as another one, it makes intervals narrower than they are.
+
+    Several trainings on one pool are seeds; what the pool alone scored is then the same in each.
+    """
+    runs_of = [{storage.absolute(url).rstrip("/") for url in seed.split(BETWEEN_RUNS)} for seed in seeds]
+    named = Counter(url for runs in runs_of for url in runs)
+    for seed, runs in zip(seeds, runs_of, strict=True):
+        if min(named[url] for url in runs) > 1:
+            raise ValueError(f"{seed!r} has no run of its own, its runs are named twice: it is no other seed")
 
 
 def scores_of(

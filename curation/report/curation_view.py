@@ -65,6 +65,8 @@ class CurationView:
     """What `jobs.fit ratings` left, with its images."""
     groups: list[GroupTable]
     score_names: list[str]
+    unread_scores: list[str]
+    """Scores that the tables have beyond those."""
     correlation: np.ndarray
     costs: list[Cost]
     estimates: list[Estimate]
@@ -128,6 +130,7 @@ def curation_view(
         if is_selected
         else [],
         score_names=list(found.scores),
+        unread_scores=found.unread,
         correlation=spearman_matrix(found.scores),
         costs=costs.curation_costs(run, prices),
         estimates=costs.estimates(run, prices, table_bytes_per_row=_bytes_per_row(run, read)),

@@ -11,6 +11,7 @@ from curation.addresses import pack
 from curation.data import tables
 from curation.data.score_log import LoggedStep, ScoreLog
 from curation.report.agreement import agreement
+from curation.report.page import Wanted, report
 from jobs import correlation
 from tests.report.conftest import Row
 
@@ -89,6 +90,8 @@ def test_named_scores_are_compared_however_many_there_are_and_what_is_not_looked
     assert correlation.main([str(run), "--json", str(tmp_path / "all.json")]) == 0
     assert "4 more scores were not looked at, name them with --scores: json.s11, json.s12" in capsys.readouterr().out
     assert json.loads((tmp_path / "all.json").read_text())["unread"] == [f"json.s{number}" for number in range(11, 15)]
+    unshown = "4 more scores are not shown, <code>--scores</code> of that command compares them: json.s11, json.s12"
+    assert unshown in report([str(run)], Wanted(with_images=False))
     assert correlation.main([str(run), "--scores", "json.s14", "json.s11"]) == 0
     said = capsys.readouterr().out
     assert "json.s14 and json.s11" in said and "not looked at" not in said
@@ -124,4 +127,16 @@ def test_a_run_is_one_seed(write_run, capsys) -> None:
     assert correlation.main([str(run), str(other)]) == 0
     for again in (f"{run}", f"{run}/", f"{other}/../a", f"{other}+{run}"):
         assert correlation.main([str(run), again]) == 2
-        assert f"{run} is named twice: each seed must be of runs of its own" in capsys.readouterr().err
+        assert "has no run of its own, its runs are named twice" in capsys.readouterr().err
+
+
+def test_trainings_on_one_pool_are_seeds_of_it(write_run, write_training) -> None:
+    pool = write_run("pool", [[Row(score=row / 10, fields={"c": float(row)}) for row in range(4)]])
+    trainings = [
+        write_training(f"jest-{seed}", [0.5], method="jest", seed=seed, data_run=pool, usage=[1, 0, 0, 0])
+        for seed in (0, 1)
+    ]
+    found = agreement([f"{pool}+{training}" for training in trainings])
+    assert len(found.matrices) == 2 and found.scores == ["clip_score", "json.c", "jest"]
+    with pytest.raises(ValueError, match="has no run of its own"):
+        agreement([f"{pool}+{trainings[0]}", f"{pool}+{trainings[1]}", f"{pool}+{trainings[1]}"])
