@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -26,6 +27,19 @@ def open_shard(url: str, rules: ReadRules) -> Iterator[ShardReader | ParquetRead
         reader = (ParquetReader if is_parquet else ShardReader)(raw, url=url, rules=rules)
         joined = reader if rules.metadata is None else Joined(reader, metadata.opened(rules.metadata))
         yield joined if not rules.exclude else Excluding(joined, rules.exclude)
+
+
+def absent(urls: Sequence[str]) -> list[str]:
+    """Those shards whose file is not there. One of which the store does not say is taken to be: who reads it tells."""
+
+    def is_there(url: str) -> bool:
+        try:
+            return storage.exists(file_of(url))
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(storage.LIST_THREADS) as pool:
+        return [url for url, there in zip(urls, pool.map(is_there, urls), strict=True) if not there]
 
 
 class Joined:

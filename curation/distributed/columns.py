@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -246,7 +246,7 @@ def add_columns(
                 as_now = {**spec.made_by, "samples": embedded[number]["key"]}
                 manifest.check_same(record["made_by"], as_now, what=f"the column {recipe.column!r} of shard {number}")
             todo = [(shard, embedded[shard.number]["key"]) for shard in shards if shard.number not in made]
-            absent = [] if features_of(recipe) else _absent([shard for shard, _ in todo])
+            absent = [] if features_of(recipe) else open_shard.absent([shard.url for shard, _ in todo])
             if absent and len(absent) == len(todo) and not made:
                 raise ValueError(
                     f"run: of the {len(absent)} shards of {recipe.run} none is there any more, such as {absent[0]}: "
@@ -274,19 +274,6 @@ def add_columns(
         failures=failures,
         stopped=stop.reason if now + len(failures) < len(todo) else None,
     )
-
-
-def _absent(shards: Sequence[Shard]) -> list[str]:
-    """URLs of the shards whose file is not there, as curate takes them: what the store says, not what a node sees."""
-
-    def is_there(shard: Shard) -> bool:
-        try:
-            return storage.exists(open_shard.file_of(shard.url))
-        except OSError:  # the store does not say: the actor that reads the shard tells
-            return True
-
-    with ThreadPoolExecutor(LIST_THREADS) as pool:
-        return [shard.url for shard, there in zip(shards, pool.map(is_there, shards), strict=True) if not there]
 
 
 def checked(recipe: ColumnsRecipe) -> ColumnsRecipe:

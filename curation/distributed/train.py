@@ -287,7 +287,8 @@ def cause_of(error: Exception) -> str:
     failures = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
         lines = re.findall(r"^[\w.]+(?:Error|Exception|Table|Taken|Attempt): .*$", str(failure), re.MULTILINE)
-        return f"rank {rank}: {lines[-1] if lines else repr(failure)}"
+        own = [line for line in lines if not line.startswith("ray.exceptions.")] or lines  # what Ray wraps, not how
+        return f"rank {rank}: {own[-1] if own else repr(failure)}"
     return str(error).strip().splitlines()[-1]
 
 
@@ -334,6 +335,8 @@ def _held_out(recipe: TrainRecipe) -> dict[str, int]:
 def _warnings(recipe: TrainRecipe) -> list[str]:
     told = _held_out(recipe)
     warnings = []
+    if absent := manifest.read(storage.join(recipe.output, "recipe.json")).get("absent"):
+        warnings.append(f"{len(absent):,} shards have left the pool, with what they offered, such as {absent[0]}")
     if held := told.get("held_by_the_pool", 0):
         warnings.append(
             f"{held:,} of the {told['evaluated']:,} held-out samples are in the pool that was trained on: what is "

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from curation.columns import FORMAT_VERSION, JSON_PREFIX, LEDGER_COLUMNS, RUN_VALUES
-from curation.data import manifest, offered, shard_list, storage, tables
+from curation.data import manifest, offered, open_shard, shard_list, storage, tables
 from curation.data.offered import OfferedShard
 from curation.data.read_rules import ReadRules
 from curation.data.redact import redacted_json
@@ -40,6 +40,8 @@ class TrainPlan:
     """What the recipe and the curated run come to."""
 
     shards: list[OfferedShard]
+    absent: list[str]
+    """URLs of shards that had left the pool when the run began, and could not be read without: they offer nothing."""
     rules: ReadRules
     columns: tuple[tuple[str, str], ...]
     """Columns of the run's tables that travel with the rows: each one's name there, and in the rows."""
@@ -85,12 +87,15 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
         raise ValueError(f"data.run: {run} is made from cached embeddings ({cached}) and holds no images to train on")
     records = manifest.committed(run, EMBED_STAGE)
     known = [shard for shard in shard_list.load(run) if not shard.retired]
-    if pending := [shard.url for shard in known if shard.number not in records]:
+    waiting = [shard.url for shard in known if shard.number not in records]
+    gone = set(open_shard.absent(waiting))
+    if pending := [url for url in waiting if url not in gone]:
         raise ValueError(
             f"data.run: {len(pending)} of {len(known)} shards are not embedded yet, {pending[0]} first; "
             f"go on with: {curate_command}"
         )
-    shards = offered.offered_shards(run, records)
+    shards, absent = _offered(recipe, records)
+    records = {shard.number: records[shard.number] for shard in shards}
     num_rows = sum(shard.offered for shard in shards)
     if recipe.train.super_batch > num_rows:
         raise ValueError(
@@ -123,7 +128,7 @@ def checked(recipe: TrainRecipe) -> TrainPlan:
     for field, record in pieces.items():
         identity[f"{field}.made_by"] = {name: value for name, value in record["made_by"].items() if name != "samples"}
     rules = Pool.model_validate(curated["recipe"]["pool"]).read_rules()
-    return TrainPlan(shards, rules, columns, num_features, classes, scale, bias, identity)
+    return TrainPlan(shards, absent, rules, columns, num_features, classes, scale, bias, identity)
 
 
 def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple[tuple[str, str], ...]:
@@ -143,17 +148,45 @@ def _columns(recipe: TrainRecipe, run: str, shards: list[OfferedShard]) -> tuple
     return (*own, *((f"{prefix}{side}_embedding", f"reference_{side}_embedding") for side in ("image", "text")))
 
 
-def _pieces(recipe: TrainRecipe, records: Mapping[int, dict]) -> dict[str, dict]:
-    """By the field that names it, a record of each piece that the run reads. ValueError if a shard lacks one."""
+def _offered(recipe: TrainRecipe, records: Mapping[int, dict]) -> tuple[list[OfferedShard], list[str]]:
+    """What is offered, and the URLs of shards that are gone where their file is needed: by a learner that sees images,
+    or for a column that they lack, which nobody can make any more. As a run began, so it goes on.
+    """
+    begun = storage.join(recipe.output, "recipe.json")
+    if storage.exists(begun):
+        return offered.load(pool_url(recipe)), manifest.read(begun).get("absent", [])
+    run = recipe.data.run
+    shards = offered.offered_shards(run, records)
+    doubtful = {shard.number for shard in shards}
+    if recipe.data.features:
+        lacking = (_lacking(run, piece, records) for piece, _ in _named_pieces(recipe).values())
+        doubtful &= set().union(*lacking)
+    gone = set(open_shard.absent([shard.url for shard in shards if shard.number in doubtful]))
+    there = [shard for shard in shards if shard.url not in gone]
+    if not there:
+        raise ValueError(
+            f"data.run: of the {len(shards)} shards of {run} none is there any more, such as {shards[0].url}: bring "
+            "the pool back to where it was curated"
+        )
+    return there, sorted(gone)
+
+
+def _named_pieces(recipe: TrainRecipe) -> dict[str, tuple[str, str]]:
+    """By the field that names it, each piece that the run reads, and the command of `jobs.fit` that makes it."""
     named = {}
     features = recipe.data.features
     if features and features not in ("image_embedding", "text_embedding"):
         named["data.features"] = (tables.piece_of(features), "features")
     if recipe.reference.columns and not recipe.reference.online:
         named["reference.columns"] = (recipe.reference.columns, "embeddings")
+    return named
+
+
+def _pieces(recipe: TrainRecipe, records: Mapping[int, dict]) -> dict[str, dict]:
+    """By the field that names it, a record of each piece that the run reads. ValueError if a shard lacks one."""
     return {
         field: check_piece(recipe.data.run, piece, records, command=command)[min(records)]
-        for field, (piece, command) in named.items()
+        for field, (piece, command) in _named_pieces(recipe).items()
     }
 
 
@@ -174,14 +207,18 @@ def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]
 
 def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: str) -> Mapping[int, dict]:
     """The manifests of a piece that is there for every shard, as it is now. ValueError, with what makes it, if not."""
-    made = manifest.committed(run, tables.piece_stage(piece))
-    stale = [number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]]
-    if stale:
+    if lacking := _lacking(run, piece, records):
         raise ValueError(
-            f"{len(stale)} of {len(records)} shards of {run} lack the column {piece!r}, or have it of a former table; "
-            f"make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
+            f"{len(lacking)} of {len(records)} shards of {run} lack the column {piece!r}, or have it of a former "
+            f"table; make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
         )
-    return made
+    return manifest.committed(run, tables.piece_stage(piece))
+
+
+def _lacking(run: str, piece: str, records: Mapping[int, dict]) -> set[int]:
+    """Numbers of the shards that have no such piece of their table as it is now."""
+    made = manifest.committed(run, tables.piece_stage(piece))
+    return {number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]}
 
 
 def _check_comparison(recipe: TrainRecipe, num_features: int | None) -> None:
@@ -255,6 +292,7 @@ def commit_to(recipe: TrainRecipe, plan: TrainPlan) -> None:
         "format_version": FORMAT_VERSION,
         "recipe": redacted_json(recipe.model_dump(mode="json")),
         "identity": plan.identity,
+        "absent": plan.absent,
         "versions": versions.packages(),
         "code": versions.code(),
         "seeds": {"rounds_and_selection": recipe.seed, "random_weights": recipe.learner.seed},

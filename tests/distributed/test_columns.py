@@ -224,6 +224,20 @@ def test_a_learner_on_features_trains_without_opening_a_tar(run: Path, tmp_path:
     assert summary.failures == [] and 0 <= summary.last["mean_r1"] <= 1 and summary.samples_trained == 32
 
 
+def test_a_shard_that_is_gone_and_lacks_the_features_offers_nothing(run: Path, tmp_path: Path) -> None:
+    part, shard = tmp_path / "part", run.parent / "pool" / "00001.tar"
+    shutil.copytree(run, part)
+    (part / "manifest" / tables.piece_stage("net") / "00000001.json").unlink()
+    with pytest.raises(ValueError, match="1 of 2 shards of .* lack the column 'net'.* python -m jobs.fit features"):
+        checked_training(training(part, tmp_path / "out"))
+    away = shard.rename(tmp_path / "away.tar")
+    try:
+        plan = checked_training(training(part, tmp_path / "out"))
+    finally:
+        away.rename(shard)
+    assert ([of.number for of in plan.shards], plan.absent) == ([0], [str(shard)])
+
+
 @pytest.mark.parametrize("method", ["uniform", "grad_mimic"])
 def test_a_classifier_learns_the_pools_labels(run: Path, tmp_path: Path, method: str) -> None:
     recipe = training(

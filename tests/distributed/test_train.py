@@ -24,6 +24,7 @@ from curation.data.score_log import read_steps
 from curation.distributed import train as training
 from curation.distributed.run_ledger import ledger_specs
 from curation.distributed.train import TrainSummary, TrainWatch, check, train
+from curation.distributed.train_plan import checked, commit_to, resolved
 from curation.ledger import Ledger
 from curation.models.clip import build_network
 from curation.recipe import TrainRecipe
@@ -342,6 +343,23 @@ def test_a_missing_cache_is_an_error_that_says_how_to_make_it(curated: Path, tmp
     (part / "manifest" / "embed" / "00000002.json").unlink()
     with pytest.raises(ValueError, match=r"1 of 6 shards are not embedded yet, .*00002.tar first; go on with"):
         check(recipe_for(part, tmp_path / "out"))
+
+
+def test_a_shard_that_left_the_pool_offers_nothing_and_a_run_goes_on_as_it_began(curated: Path, tmp_path: Path) -> None:
+    recipe = resolved(recipe_for(curated, tmp_path / "out"))
+    shard = checked(recipe).shards[1]
+    url, away = Path(shard.url), tmp_path / "away.tar"
+    url.rename(away)
+    try:
+        plan = checked(recipe)
+        assert plan.absent == [shard.url] and [of.number for of in plan.shards] == [0, 2, 3, 4, 5]
+        assert check(recipe) == OFFERED - shard.offered
+        commit_to(recipe, plan)
+    finally:
+        away.rename(url)
+    again = checked(recipe)
+    assert again.absent == [shard.url] and sum(of.offered for of in again.shards) == OFFERED - shard.offered
+    assert check(recipe_for(curated, tmp_path / "other")) == OFFERED
 
 
 def test_a_cache_of_another_model_is_an_error_that_says_how_to_make_one(curated: Path, tmp_path: Path) -> None:
