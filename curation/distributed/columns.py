@@ -40,7 +40,6 @@ from curation.recipe.curate import Embed
 from curation.recipe.parts import Pool
 
 QUALITY = ("sharpness", "plainness")
-LIST_THREADS = 32
 ROWS_AT_A_TIME = 512
 """Rows whose images are read as one byte range and decoded ahead of the network."""
 

@@ -159,7 +159,7 @@ def _offered(recipe: TrainRecipe, records: Mapping[int, dict]) -> tuple[list[Off
     shards = offered.offered_shards(run, records)
     doubtful = {shard.number for shard in shards}
     if recipe.data.features:
-        lacking = (_lacking(run, piece, records) for piece, _ in _named_pieces(recipe).values())
+        lacking = (_lacking(_made(run, piece), records) for piece, _ in _named_pieces(recipe).values())
         doubtful &= set().union(*lacking)
     gone = set(open_shard.absent([shard.url for shard in shards if shard.number in doubtful]))
     there = [shard for shard in shards if shard.url not in gone]
@@ -207,17 +207,21 @@ def _classes(recipe: TrainRecipe, shards: list[OfferedShard]) -> tuple[str, ...]
 
 def check_piece(run: str, piece: str, records: Mapping[int, dict], *, command: str) -> Mapping[int, dict]:
     """The manifests of a piece that is there for every shard, as it is now. ValueError, with what makes it, if not."""
-    if lacking := _lacking(run, piece, records):
+    made = _made(run, piece)
+    if lacking := _lacking(made, records):
         raise ValueError(
             f"{len(lacking)} of {len(records)} shards of {run} lack the column {piece!r}, or have it of a former "
             f"table; make it with: python -m jobs.fit {command} RECIPE --run {run} --column {piece}"
         )
+    return made
+
+
+def _made(run: str, piece: str) -> Mapping[int, dict]:
     return manifest.committed(run, tables.piece_stage(piece))
 
 
-def _lacking(run: str, piece: str, records: Mapping[int, dict]) -> set[int]:
-    """Numbers of the shards that have no such piece of their table as it is now."""
-    made = manifest.committed(run, tables.piece_stage(piece))
+def _lacking(made: Mapping[int, dict], records: Mapping[int, dict]) -> set[int]:
+    """Numbers of the shards of which no piece was `made` from their table as it is now."""
     return {number for number, record in records.items() if made.get(number, {}).get("samples") != record["key"]}
 
 

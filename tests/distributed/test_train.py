@@ -362,6 +362,15 @@ def test_a_shard_that_left_the_pool_offers_nothing_and_a_run_goes_on_as_it_began
     assert check(recipe_for(curated, tmp_path / "other")) == OFFERED
 
 
+def test_a_failure_is_told_by_its_own_cause_and_not_by_what_ray_wraps_around_it() -> None:
+    wrapped = "FileNotFoundError: [Errno 2] no such file: 'a.tar'\n\nray.exceptions.UserCodeException: UDF failed"
+    error = RuntimeError("training failed")
+    error.worker_failures = {0: wrapped}  # pyright: ignore
+    assert training.cause_of(error) == "rank 0: FileNotFoundError: [Errno 2] no such file: 'a.tar'"
+    error.worker_failures = {1: "ray.exceptions.OutOfMemoryError: full"}  # pyright: ignore
+    assert training.cause_of(error) == "rank 1: ray.exceptions.OutOfMemoryError: full"
+
+
 def test_a_cache_of_another_model_is_an_error_that_says_how_to_make_one(curated: Path, tmp_path: Path) -> None:
     right = Reference(weights=Weights(model="nano", seed=7))
     assert check(recipe_for(curated, tmp_path / "out", reference=right)) == OFFERED
